@@ -1,0 +1,373 @@
+"""Every op in plain torch: the definition the kernels are judged against.
+
+Also the fallback on devices no kernel was built for, so it is right before it is fast: scores are
+float32, ties go to the lower token index, NaN ranks below every number. Shapes: `B` batch, `N`
+visual tokens, `M` query rows, `Hq`/`Hk` query and key heads, `d` head width, `D` model width,
+`K` = `keep`, `C` = `contextual`, `P` = `prefix`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+
+def attention_saliency(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    key_valid: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    prefix: int = 0,
+    causal: bool = False,
+    reduce: str = "mean",
+) -> Tensor:
+    """Attention that the query rows pay to each key past the prefix, `[B, N]` float32.
+
+    A row whose normaliser is +-inf, or whose weight is 0, contributes nothing.
+    """
+    _checks.attention(
+        q, k, scale=scale, lse=lse, key_valid=key_valid, query_weight=query_weight, prefix=prefix,
+        reduce=reduce,
+    )  # fmt: skip
+    batch, heads, rows, width = q.shape
+    keys = k.shape[2]
+    scale = width**-0.5 if scale is None else scale
+    weight = torch.ones(batch, rows, device=q.device) if query_weight is None else query_weight
+    masked = torch.zeros(batch, rows, keys, dtype=torch.bool, device=q.device)
+    if key_valid is not None:
+        masked = masked | ~key_valid[:, None, :]
+    if causal:  # aligned at the bottom right: the last row sees every key
+        row = torch.arange(rows, device=q.device)[:, None]
+        masked = masked | (torch.arange(keys, device=q.device) > row + (keys - rows))
+
+    out = torch.zeros(batch, keys - prefix, device=q.device)
+    counted = (weight > 0)[:, :, None]
+    for h in range(heads):
+        kh = k[:, h // (heads // k.shape[1])].float()
+        s = (scale * (q[:, h].float() @ kh.transpose(1, 2))).masked_fill(masked, -torch.inf)
+        row_lse = s.logsumexp(-1) if lse is None else lse[:, h]
+        off = masked | row_lse.isinf()[:, :, None] | ~counted
+        p = (s - row_lse[:, :, None]).exp().masked_fill(off, 0.0)[:, :, prefix:]
+        out += (p * weight[:, :, None]).sum(1) if reduce == "mean" else p.amax(1)
+    out /= heads
+    if reduce == "mean":
+        total = weight.sum(1, keepdim=True)
+        out = torch.where(total > 0, out / total, 0.0)
+    return out
+
+
+def _order(valid: Tensor, *keys: Tensor) -> Tensor:
+    """Token order `[B, N]`, best first: by the first key, ties by the next, then by index; NaN in
+    the first key after every number, invalid tokens after those."""
+    order = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+    tier = keys[0].isnan().int() + 2 * (~valid).int()
+    for key in (*reversed(keys), -tier):
+        value = key.masked_fill(key.isnan(), -torch.inf) if key.is_floating_point() else key
+        by = value.gather(1, order).sort(dim=1, descending=True, stable=True).indices
+        order = order.gather(1, by)
+    return order
+
+
+def _place(order: Tensor) -> Tensor:
+    """The place of each token in an order: its inverse permutation, `[B, N]` int64."""
+    place = torch.empty_like(order)
+    return place.scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand(order.shape)
+    )
+
+
+def _fuse(v: Tensor, t: Tensor, valid: Tensor, alpha: float, fusion: str) -> Tensor:
+    """Fused score of each token; NaN in either list stays NaN and out of every statistic."""
+    rv, rt = (_place(_order(valid, a)).float() for a in (v, t))
+    good = valid & ~v.isnan() & ~t.isnan()
+    wv, wt = 1.0 - alpha, alpha
+
+    def safe_divide(a: Tensor, by: Tensor) -> Tensor:
+        return torch.where(by == 0, 0.0, a / by)
+
+    def total(a: Tensor) -> Tensor:
+        return a.masked_fill(~good, 0.0).sum(1, keepdim=True)
+
+    def share(a: Tensor) -> Tensor:
+        return safe_divide(a, total(a))
+
+    def standard(a: Tensor) -> Tensor:
+        count = good.sum(1, keepdim=True)
+        centred = a - safe_divide(total(a), count)
+        return safe_divide(centred, safe_divide(total(centred * centred), count).sqrt())
+
+    def min_max(a: Tensor) -> Tensor:
+        low = a.masked_fill(~good, torch.inf).amin(1, keepdim=True)
+        high = a.masked_fill(~good, -torch.inf).amax(1, keepdim=True)
+        return safe_divide(a - low, high - low)
+
+    if fusion == "rank":
+        score = -(wv * rv + wt * rt) / valid.sum(1, keepdim=True)
+    elif fusion == "rrf":
+        score = wv / (60.0 + rv) + wt / (60.0 + rt)
+    elif fusion == "sum":
+        score = wv * share(v) + wt * share(t)
+    elif fusion == "zscore":
+        score = wv * standard(v) + wt * standard(t)
+    elif fusion == "product":
+        score = wv * v.clamp_min(1e-30).log() + wt * t.clamp_min(1e-30).log()
+    else:
+        score = torch.maximum(2.0 * wv * min_max(v), 2.0 * wt * min_max(t))
+    return torch.where(good, score, torch.nan)
+
+
+def consensus_select(
+    visual: Tensor,
+    textual: Tensor | None,
+    keep: int,
+    *,
+    alpha: float = 0.5,
+    fusion: str = "rank",
+    valid: Tensor | None = None,
+    priority: Tensor | None = None,
+    priority_keep: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The `keep` tokens that two score lists agree on: `index [B, K]`, `score [B, N]`."""
+    _checks.scores(visual, textual)
+    batch, tokens = visual.shape
+    _checks.selection(
+        batch, tokens, visual, "visual", keep=keep, alpha=alpha, fusion=fusion, valid=valid,
+        priority=priority, priority_keep=priority_keep,
+    )  # fmt: skip
+    valid = torch.ones_like(visual, dtype=torch.bool) if valid is None else valid
+    if textual is None:
+        score = visual
+        order = _order(valid, score)
+    else:
+        score = _fuse(visual, textual, valid, alpha, fusion)
+        ties = [-_place(_order(valid, visual))] if fusion == "rank" else []
+        order = _order(valid, score, *ties)
+    chosen = valid & (_place(order) < keep - priority_keep)
+    if priority is not None and priority_keep > 0:
+        left = valid & ~chosen
+        place = _place(_order(left, priority.expand(batch, tokens)))
+        chosen = chosen | (left & (place < priority_keep))
+    here = torch.arange(tokens, device=visual.device).expand(batch, tokens)
+    index = here.masked_fill(~chosen, tokens).sort(dim=1).values[:, :keep]
+    return index.masked_fill(index == tokens, -1), score.masked_fill(~valid, -torch.inf)
+
+
+def contextual_slots(dropped: Tensor, contextual: int) -> Tensor:
+    """Reference token of each contextual slot, `[B, C]`: an even stride over the dropped tokens in
+    raster order, or each of them when there are fewer than `C` (-1 pads)."""
+    count = dropped.sum(1, keepdim=True)
+    slot = torch.arange(contextual, device=dropped.device)
+    number = torch.where(count >= contextual, slot * count // contextual, slot)
+    raster = (~dropped).int().sort(dim=1, stable=True).indices
+    reference = raster.gather(1, number.clamp_max(dropped.shape[1] - 1))
+    return torch.where(slot < count, reference, -1)
+
+
+def _nearest(metric: Tensor, slots: Tensor, joins: Tensor, threshold: float) -> Tensor:
+    """Slot number `[B, N]` each joining token is most similar to (cosine; ties to the slot of the
+    lower token; NaN counts as -2), -1 where it joins none."""
+    unit = metric.float()
+    unit = unit / unit.norm(dim=2, keepdim=True).clamp_min(1e-12)
+    order = slots.masked_fill(slots < 0, metric.shape[1]).sort(dim=1).indices  # lower tokens first
+    token = slots.gather(1, order)
+    there = unit.gather(1, token.clamp_min(0)[:, :, None].expand(-1, -1, unit.shape[2]))
+    cosine = (unit @ there.transpose(1, 2)).clamp(-1.0, 1.0)
+    cosine = cosine.masked_fill(cosine.isnan(), -2.0).masked_fill((token < 0)[:, None, :], -3.0)
+    best, at = cosine.max(dim=2)
+    found = joins & (best >= threshold) & (token >= 0).any(1, keepdim=True)
+    return order.gather(1, at).masked_fill(~found, -1)
+
+
+def _weighted_mean(
+    x: Tensor, assign: Tensor, own: Tensor, weight: Tensor, blend: float
+) -> tuple[Tensor, Tensor]:
+    """`tokens [B, S, D]` and `size [B, S]` of an assignment; `own [B, S]` is each slot's token."""
+    batch, tokens, width = x.shape
+    slots = own.shape[1]
+    there = own.clamp_min(0)
+    is_own = torch.zeros_like(assign, dtype=torch.bool)
+    is_own = is_own.scatter_reduce(1, there, own >= 0, "amax")
+    row = torch.arange(batch, device=x.device)[:, None].expand(batch, tokens)
+
+    def gathered(value: Tensor, select: Tensor) -> Tensor:
+        """Sum of `value` per slot over the selected tokens, in ascending token order."""
+        total = torch.zeros(batch, slots, *value.shape[2:], device=x.device)
+        return total.index_put((row[select], assign[select]), value[select], accumulate=True)
+
+    joined = (assign >= 0) & ~is_own & (weight > 0)
+    own_weight = weight.gather(1, there).masked_fill(own < 0, 0.0)
+    joined_weight = gathered(weight, joined)
+    x_own = x.gather(1, there[:, :, None].expand(-1, -1, width))
+    add = blend * gathered(weight[:, :, None] * x.float(), joined)
+    mean = (own_weight[:, :, None] * x_own.float() + add) / (own_weight + blend * joined_weight)[
+        :, :, None
+    ]
+    alone = (blend * joined_weight == 0)[:, :, None]
+    out = torch.where(alone, x_own, mean.to(x.dtype)).masked_fill((own < 0)[:, :, None], 0.0)
+    return out, own_weight + joined_weight
+
+
+def _merge(
+    x: Tensor,
+    metric: Tensor,
+    index: Tensor,
+    contextual: int,
+    weight: Tensor | None,
+    valid: Tensor | None,
+    threshold: float,
+    blend: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`token_merge` without its checks; also returns the own token of every slot."""
+    batch, tokens, _ = x.shape
+    weight = torch.ones(batch, tokens, device=x.device) if weight is None else weight
+    valid = torch.ones_like(weight, dtype=torch.bool) if valid is None else valid
+    assign = torch.full((batch, tokens + 1), -1, dtype=torch.int64, device=x.device)
+    dropped = (
+        valid
+        & ~torch.zeros_like(assign, dtype=torch.bool).scatter(
+            1, index.masked_fill(index < 0, tokens), True
+        )[:, :tokens]
+    )
+    keep = index.shape[1]
+    own, joins, slots, first = index, dropped, index, 0
+    threshold = max(threshold, -1.0)  # no cosine is below it, so only NaN (-2 here) fails
+    if contextual > 0:
+        slots, first = contextual_slots(dropped, contextual), keep
+        own = torch.cat((index, slots), dim=1)
+        threshold = -torch.inf
+    number = torch.arange(own.shape[1], device=x.device).expand_as(own)
+    assign = assign.scatter(1, own.masked_fill(own < 0, tokens), number)[:, :tokens]
+    joins = joins & (assign < 0)
+    near = _nearest(metric, slots, joins, threshold)
+    assign = torch.where(near >= 0, near + first, assign)
+    out, size = _weighted_mean(x, assign, own, weight, blend)
+    return out, assign, size, own
+
+
+def token_merge(
+    x: Tensor,
+    metric: Tensor,
+    index: Tensor,
+    *,
+    contextual: int = 0,
+    weight: Tensor | None = None,
+    valid: Tensor | None = None,
+    threshold: float = -1.0,
+    blend: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge dropped tokens into slots: `tokens [B, K+C, D]`, `assign [B, N]`, `size [B, K+C]`."""
+    _checks.merge(
+        x, metric, index, contextual=contextual, weight=weight, valid=valid, threshold=threshold,
+        blend=blend,
+    )  # fmt: skip
+    return _merge(x, metric, index, contextual, weight, valid, threshold, blend)[:3]
+
+
+def default_metric(k_vis: Tensor, prefix: int) -> Tensor:
+    """Head mean of the encoder keys past the prefix, `[B, N, d]` float32."""
+    return k_vis[:, :, prefix:].float().mean(dim=1)
+
+
+def select_merge(
+    x: Tensor,
+    q_vis: Tensor,
+    k_vis: Tensor,
+    q_txt: Tensor | None = None,
+    k_txt: Tensor | None = None,
+    *,
+    keep: int,
+    contextual: int = 0,
+    alpha: float = 0.5,
+    fusion: str = "rank",
+    prefix: int = 0,
+    scale_vis: float | None = None,
+    scale_txt: float | None = None,
+    lse_vis: Tensor | None = None,
+    lse_txt: Tensor | None = None,
+    txt_weight: Tensor | None = None,
+    txt_reduce: str = "mean",
+    metric: Tensor | None = None,
+    valid: Tensor | None = None,
+    priority: Tensor | None = None,
+    priority_keep: int = 0,
+    threshold: float = -1.0,
+    blend: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two saliencies, their consensus and the merge: `tokens`, `index`, `assign`, `size`."""
+    _checks.fused(
+        x, q_vis, k_vis, q_txt, k_txt, keep=keep, contextual=contextual, alpha=alpha, fusion=fusion,
+        prefix=prefix, scale_vis=scale_vis, scale_txt=scale_txt, lse_vis=lse_vis, lse_txt=lse_txt,
+        txt_weight=txt_weight, txt_reduce=txt_reduce, metric=metric, valid=valid, priority=priority,
+        priority_keep=priority_keep, threshold=threshold, blend=blend,
+    )  # fmt: skip
+    key_valid = None
+    if valid is not None:
+        key_valid = torch.cat((valid.new_ones(valid.shape[0], prefix), valid), dim=1)
+    visual = attention_saliency(
+        q_vis, k_vis, scale=scale_vis, lse=lse_vis, key_valid=key_valid, prefix=prefix
+    )
+    textual = None
+    if q_txt is not None and k_txt is not None:
+        textual = attention_saliency(
+            q_txt, k_txt, scale=scale_txt, lse=lse_txt, key_valid=valid, query_weight=txt_weight,
+            reduce=txt_reduce,
+        )  # fmt: skip
+    index, _ = consensus_select(
+        visual, textual, keep, alpha=alpha, fusion=fusion, valid=valid, priority=priority,
+        priority_keep=priority_keep,
+    )  # fmt: skip
+    if metric is None:
+        metric = default_metric(k_vis, prefix)
+    tokens, assign, size, own = _merge(x, metric, index, contextual, None, valid, threshold, blend)
+    return tokens, own, assign, size
+
+
+def merge_backward(
+    grad_tokens: Tensor | None,
+    grad_size: Tensor | None,
+    x: Tensor | None,
+    tokens: Tensor | None,
+    weight: Tensor | None,
+    assign: Tensor,
+    own: Tensor,
+    *,
+    blend: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `tokens` and `size` for `x` (in `dtype`) and `weight`, assignment constant.
+
+    With `f_j` 1 for a slot's own token and `blend` for one that joined, and `W_s = sum f_j w_j`:
+    `dx_j = f_j w_j / W_s g_s` and `dw_j = f_j / W_s <g_s, x_j - tokens_s> + grad_size_s`. `x` and
+    `tokens` are needed for `weight` alone; without them its gradient is not computed.
+    """
+    slot = assign.clamp_min(0)
+    here = torch.arange(assign.shape[1], device=assign.device)
+    inside = assign >= 0
+    is_own = inside & (own.gather(1, slot) == here)
+    factor = torch.where(is_own, 1.0, blend) * inside
+    w = torch.ones_like(factor) if weight is None else weight
+    total = torch.zeros(own.shape, device=w.device).scatter_add(1, slot, factor * w)
+    below = total.gather(1, slot)
+    per_weight = torch.where(below > 0, factor / below, 0.0)
+    # A slot whose weights are all 0 returns its own token as it is.
+    share = torch.where(is_own & (below == 0), 1.0, per_weight * w)
+
+    def spread(a: Tensor) -> Tensor:
+        """Each slot's row of `a`, for every token in it."""
+        return a.float().gather(1, slot[:, :, None].expand(-1, -1, a.shape[2]))
+
+    grad_x = grad_weight = None
+    if grad_tokens is not None:
+        g = spread(grad_tokens)
+        grad_x = (share[:, :, None] * g).to(dtype)
+        if x is not None and tokens is not None:
+            grad_weight = per_weight * (g * (x.float() - spread(tokens))).sum(2)
+    if grad_size is not None and x is not None:
+        of_size = grad_size.gather(1, slot) * inside
+        grad_weight = of_size if grad_weight is None else grad_weight + of_size
+    return grad_x, grad_weight
