@@ -6,12 +6,16 @@ Everything follows from a seed: the same seed gives the same pixels and the same
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from .data import scenes_path
 
 IMAGE_SIZE = 112
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "moon")
@@ -76,6 +80,34 @@ class Question:
     kind: str
     text: str
     answer: str
+
+
+def scene_names() -> tuple[str, ...]:
+    """Names of the scenes that ship with the package."""
+    return tuple(_bundled())
+
+
+def load_scene(name: str) -> tuple[Scene, tuple[Question, ...]]:
+    """A scene that ships with the package, and questions worth asking of it.
+
+    Args:
+        name: one of `scene_names()`.
+
+    Raises:
+        KeyError: there is no such scene.
+    """
+    from PIL import Image
+
+    entry = _bundled()[name]
+    with Image.open(scenes_path() / f"{name}.png") as picture:
+        image = np.asarray(picture.convert("RGB"))
+    objects = tuple(SceneObject(**fields) for fields in entry["objects"])
+    return Scene(image, objects), tuple(Question(**fields) for fields in entry["questions"])
+
+
+def _bundled() -> dict[str, Any]:
+    bundled: dict[str, Any] = json.loads((scenes_path() / "scenes.json").read_text("utf-8"))
+    return bundled
 
 
 def make_scene(seed: int) -> Scene:
