@@ -37,7 +37,7 @@ class SelectionRow:
     Args:
         image: `[H, W, 3]` uint8, as the model saw it.
         visual: `[N]` encoder saliency of each token, in raster order.
-        textual: `[N]` query saliency.
+        textual: `[N]` query saliency; None where no question was asked.
         fused: `[N]` consensus, higher is better.
         index: `[K]` kept tokens; -1 pads.
         assign: `[N]` position in `index` of the token each one joined; -1 where dropped for good.
@@ -49,7 +49,7 @@ class SelectionRow:
 
     image: npt.NDArray[np.uint8]
     visual: npt.NDArray[np.float32]
-    textual: npt.NDArray[np.float32]
+    textual: npt.NDArray[np.float32] | None
     fused: npt.NDArray[np.float32]
     index: npt.NDArray[np.int64]
     assign: npt.NDArray[np.int64]
@@ -61,12 +61,17 @@ class SelectionRow:
     def __post_init__(self) -> None:
         rows, columns = self.grid
         for name in ("visual", "textual", "fused", "assign"):
-            shape = getattr(self, name).shape
-            if shape != (rows * columns,):
+            value = getattr(self, name)
+            if value is not None and value.shape != (rows * columns,):
                 raise ValueError(
                     f"{name} must have one value for each token of the {rows} x {columns} grid, "
-                    f"got shape {list(shape)}"
+                    f"got shape {list(value.shape)}"
                 )
+        if self.index.shape != self.size.shape:
+            raise ValueError(
+                f"index and size must have one value for each slot, got shapes "
+                f"{list(self.index.shape)} and {list(self.size.shape)}"
+            )
         if self.image.ndim != 3 or self.image.shape[2] != 3:
             raise ValueError(f"image must be [H, W, 3], got {list(self.image.shape)}")
 
@@ -151,7 +156,8 @@ def _draw_visual(axes: Axes, row: SelectionRow) -> None:
 
 
 def _draw_textual(axes: Axes, row: SelectionRow) -> None:
-    _draw_score(axes, row, row.textual, _SIGNAL_MAP)
+    if row.textual is not None:
+        _draw_score(axes, row, row.textual, _SIGNAL_MAP)
 
 
 def _draw_fused(axes: Axes, row: SelectionRow) -> None:
