@@ -1,0 +1,179 @@
+"""`patch` and `unpatch`: put a method into a stock Hugging Face model, and take it out."""
+
+from __future__ import annotations
+
+import warnings
+from types import TracebackType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ..methods.base import Method
+from . import adapter as adapters
+from .adapter import Adapter
+from .hooks import Hooks
+from .report import Pruning, Stats
+
+_ATTRIBUTE = "_cdrop_handle"
+_TESTED = ((5, 17), (5, 23))
+
+
+class Handle:
+    """A patched model's way back, and what happened meanwhile; also a context manager."""
+
+    def __init__(self, model: nn.Module, hooks: Hooks) -> None:
+        self._model = model
+        self._hooks: Hooks | None = hooks
+        self._done = hooks
+
+    @property
+    def method(self) -> Method:
+        """The method in use."""
+        return self._done.method
+
+    @property
+    def last(self) -> Pruning | None:
+        """The most recent prefill with images, of whatever thread; None before the first."""
+        return self._done.last
+
+    @property
+    def stats(self) -> Stats:
+        """Sums over all prefills since `patch`."""
+        return self._done.stats
+
+    def remove(self) -> None:
+        """Restore the model; its outputs are again bit for bit what they were. Idempotent."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+            delattr(self._model, _ATTRIBUTE)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+def patch(
+    model: nn.Module,
+    method: Method,
+    *,
+    adapter: Adapter | None = None,
+    processor: Any = None,
+    keep_signals: bool = True,
+    replace: bool = False,
+) -> Handle:
+    """Make a Hugging Face vision-language model spend fewer tokens on each image.
+
+    `model.generate(...)` and `model(...)` are called as before and speak of the whole prompt; the
+    decoder and its KV cache see the shorter one. Hooks on this instance alone: no class is
+    changed, attention kernels stay as they are, no parameter or buffer is added.
+
+    Args:
+        model: a loaded model, `LlavaForConditionalGeneration` with a CLIP tower.
+        method: what to keep, `ConsensusDrop(keep=64)` for one.
+        adapter: how to find the parts of another model family; by default by `model_type`.
+        processor: the model's processor or tokenizer; its control tokens then are no part of the
+            question.
+        keep_signals: keep what `handle.last.scores` is computed from until the next prefill (the
+            encoder's keys of one layer and the prompt's embeddings).
+        replace: remove an earlier patch first.
+
+    Returns:
+        Handle: `remove()`, `last`, `stats`.
+
+    Raises:
+        TypeError: `method` is no `Method`, or `model` no Transformers model.
+        ValueError: the model or its configuration is not supported.
+        RuntimeError: the model is patched already, or its weights are sharded.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a consensusdrop_kernels Method, got {method!r}")
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__} "
+            "(inside a wrapper such as PEFT, patch the base model)"
+        )
+    _check_version()
+    found = adapters.find(model.config) if adapter is None else adapter
+    _check_parts(model, found)
+    _check_not_sharded(model)
+    earlier = getattr(model, _ATTRIBUTE, None)
+    if earlier is not None and not replace:
+        raise RuntimeError(
+            "the model is patched already: remove() the first handle, or pass replace=True"
+        )
+    hooks = Hooks(model, found, method, _special_ids(processor), keep_signals)
+    if earlier is not None:
+        earlier.remove()
+    hooks.install()
+    handle = Handle(model, hooks)
+    setattr(model, _ATTRIBUTE, handle)
+    return handle
+
+
+def unpatch(model: nn.Module) -> None:
+    """Remove the patch of a model.
+
+    Raises:
+        RuntimeError: it has none.
+    """
+    handle = getattr(model, _ATTRIBUTE, None)
+    if handle is None:
+        raise RuntimeError("the model is not patched")
+    handle.remove()
+
+
+def _check_version() -> None:
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    oldest, newest = _TESTED
+    if version < oldest:
+        raise RuntimeError(f"transformers must be >= 5.17, got {transformers.__version__}")
+    if version > newest:
+        warnings.warn(
+            f"transformers {transformers.__version__} is newer than any version this was tested "
+            "with (5.17 to 5.23)", stacklevel=3,
+        )  # fmt: skip
+
+
+def _check_parts(model: nn.Module, adapter: Adapter) -> None:
+    for path in (adapter.outer, adapter.text, adapter.layers):
+        try:
+            model.get_submodule(path)
+        except AttributeError as error:
+            raise ValueError(
+                f"{type(model).__name__} has no {path}: pass the whole model "
+                "(...ForConditionalGeneration), or an adapter that fits it"
+            ) from error
+
+
+def _check_not_sharded(model: nn.Module) -> None:
+    """Tensor-parallel layers hold a part of the heads, FSDP layers gather their weights only in
+    their own forward: a probe that calls single projections would be silently wrong."""
+    sharded = any("DTensor" in type(p.data).__name__ for p in model.parameters()) or any(
+        "FSDP" in base.__name__ or "FullyShardedDataParallel" in base.__name__
+        for module in model.modules()
+        for base in type(module).__mro__
+    )
+    if sharded or (getattr(model, "_tp_size", None) or 1) > 1:
+        raise RuntimeError(
+            "the model's weights are sharded (tensor parallel or FSDP), which is not supported: "
+            "each rank sees only a part of the heads"
+        )
+
+
+def _special_ids(processor: Any) -> Tensor | None:
+    if processor is None:
+        return None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "all_special_ids"):
+        raise ValueError(f"processor must have a tokenizer, got {type(processor).__name__}")
+    return torch.tensor(tokenizer.all_special_ids, dtype=torch.long)

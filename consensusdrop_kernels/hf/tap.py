@@ -1,0 +1,107 @@
+"""Reads the final queries and keys of one attention module, whatever attention runs there.
+
+The module gets a shallow copy of its config that names a registered pass-through; every other
+module keeps the config it has, so masks and kernels stay what they were and nothing runs eager.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .calls import Calls
+
+_ATTRIBUTE = "_cdrop_tap"
+
+
+class Tapped(NamedTuple):
+    """One attention call: `q [B, H, T, d]`, `k [B, Hk, T, d]` and the factor on `q k`."""
+
+    q: Tensor
+    k: Tensor
+    scale: float | None
+
+
+class Tap:
+    """Records what an attention module hands to its attention function, per thread.
+
+    Args:
+        attention: a transformers attention module that goes through `AttentionInterface`.
+
+    Raises:
+        ValueError: it is no such module.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        if not hasattr(getattr(attention, "config", None), "_attn_implementation"):
+            raise ValueError(
+                f"{type(attention).__name__} does not choose its attention by its config, so its "
+                "queries and keys can't be read"
+            )
+        self._attention = attention
+        self.config: Any = None  # the module's own, which the model may still change
+        self._calls = Calls()
+
+    def install(self) -> None:
+        """Point the module at the pass-through."""
+        self.config = self._attention.config
+        # One stateless entry per implementation stays registered for good: a deep copy of a
+        # patched model goes on using it. "flash" must stay part of the name where it was one.
+        name = f"cdrop_tap_{self.config._attn_implementation}"
+        AttentionInterface.register(name, _pass_through)
+        tapped = copy.copy(self.config)
+        tapped._attn_implementation_internal = name
+        setattr(self._attention, _ATTRIBUTE, self)
+        self._attention.config = tapped
+
+    def remove(self) -> None:
+        """Give the module its own config back."""
+        self._attention.config = self.config
+        delattr(self._attention, _ATTRIBUTE)
+
+    def start(self) -> None:
+        """Record the calls that this thread makes from now on."""
+        self._calls.local.tapped = []
+
+    def take(self) -> list[Tapped]:
+        """The calls since `start`; recording ends."""
+        tapped = self._calls.local.tapped
+        self._calls.local.tapped = None
+        return tapped
+
+    def record(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Keep one call, if this thread is recording."""
+        tapped = getattr(self._calls.local, "tapped", None)
+        if tapped is not None:
+            tapped.append(Tapped(query.detach(), key.detach(), scale))
+
+
+def _pass_through(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    tap: Tap = getattr(module, _ATTRIBUTE)
+    tap.record(query, key, kwargs.get("scaling"))
+    base = tap.config._attn_implementation
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+    # Flash attention reads the implementation's name from the module again.
+    shown = _UnderOwnConfig(module, tap.config) if "flash" in base else module
+    return attend(shown, query, key, value, *args, **kwargs)
+
+
+class _UnderOwnConfig:
+    """A module as seen with another config. The module itself is left alone: other threads may be
+    in it at the same time."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

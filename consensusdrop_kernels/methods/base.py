@@ -1,0 +1,221 @@
+"""The vocabulary between methods and models: `Signals` in, `Selection` out.
+
+Shapes: `R` images (every image of every sample is a row of its own), `N` visual tokens per image,
+`D` model width, `P` encoder rows that are no token (CLS), `M` question rows, `S` slots that
+survive.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+POSITIONS = ("compact", "original")
+QUERIES = ("after_image", "all_text", "last_token")
+CONTEXTS = ("visual", "all")
+
+# Which tokens ask: (input_ids [B, L], visual [B, L], valid [B, L]) -> bool [B, L], on the CPU.
+QueryRule = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class TextProbe(NamedTuple):
+    """Question rows and visual keys of one LLM layer, the rows padded at the left.
+
+    Attributes:
+        q: `[R, H, M, d]`.
+        k: `[R, Hk, N, d]`, the keys of the same `N` visual tokens.
+        scale: what the layer multiplies `q k` by.
+        lse: `[R, H, M]` float32 over every key a row sees, or None: over the `N` keys alone.
+        weight: `[R, M]` float32, 0 on padding rows.
+        asked: for each image, whether its prompt has any question row; where it has none, its
+            rows of `weight` are all 0.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    lse: Tensor | None
+    weight: Tensor
+    asked: tuple[bool, ...]
+
+
+class ProbeFn(Protocol):
+    """Computes a `TextProbe`; `layer` counts from 0, see `ConsensusDrop` for the options."""
+
+    def __call__(
+        self, *, layer: int, rotary: bool, context: str, query: str | QueryRule
+    ) -> TextProbe: ...
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a model offers a method about `R` images.
+
+    Attributes:
+        x: projected visual tokens, the LLM's own input, `[R, N, D]`.
+        grid: height and width of the patch grid, `h * w = N`.
+        q_vis: encoder query rows that speak for the image (the CLS row; every row, without CLS),
+            `[R, Hv, Mv, dv]`; None if the method does not need "encoder".
+        k_vis: encoder keys of the same layer, `[R, Hv, P+N, dv]`; None likewise.
+        prefix: `P`.
+        scale_vis: what the encoder layer multiplies `q k` by; None is `dv ** -0.5`.
+        valid: `[R, N]` bool, False on padding; None: all are tokens.
+        probe: computes the question's rows when called; None if the method does not need "text".
+    """
+
+    x: Tensor
+    grid: tuple[int, int]
+    q_vis: Tensor | None = None
+    k_vis: Tensor | None = None
+    prefix: int = 0
+    scale_vis: float | None = None
+    valid: Tensor | None = None
+    probe: ProbeFn | None = None
+
+    def rows(self, index: Tensor) -> Signals:
+        """The signals of some of the images, `index` int64 `[R']`, without the probe."""
+        picked: dict[str, Any] = {
+            f.name: value[index]
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **picked, probe=None)
+
+
+class Scores(NamedTuple):
+    """Why tokens were kept, each `[R, N]` float32, higher is better.
+
+    `textual` is None where the method asked no question; `fused` ranks as the method ranked.
+    """
+
+    visual: Tensor
+    textual: Tensor | None
+    fused: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What became of the `N` tokens of each image.
+
+    Attributes:
+        tokens: `[R, S, D]`, merged.
+        index: `[R, S]` int64, the token each slot stands at, -1 in unused slots.
+        assign: `[R, N]` int64, the slot each token went to, -1 where it was dropped for good.
+        size: `[R, S]` float32, how many tokens are in each slot.
+        padded: whether `index` may hold -1. False spares a device synchronisation.
+    """
+
+    tokens: Tensor
+    index: Tensor
+    assign: Tensor
+    size: Tensor
+    padded: bool = False
+    score_fn: Callable[[], Scores] | None = field(default=None, repr=False)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The saliencies behind the choice, computed when first asked for.
+
+        Raises:
+            RuntimeError: the method scores nothing, or its signals were not kept.
+        """
+        if self.score_fn is None:
+            raise RuntimeError(
+                "there are no scores: the method uses none, or its signals were not kept "
+                "(patch with keep_signals=True)"
+            )
+        return self.score_fn()
+
+
+class Method(ABC):
+    """Base of all methods: override `select`, and `needs` if it needs less than everything.
+
+    A subclass is a frozen dataclass with at least a `keep` field. `positions` and `query` tell the
+    model's side how to number the shorter sequence and which rows are the question; fields of
+    these names override the defaults here.
+    """
+
+    keep: int | float
+    positions: str = "compact"
+    query: str | QueryRule = "after_image"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals to compute: "encoder" (`q_vis`, `k_vis`) and "text" (`probe`)."""
+        return frozenset({"encoder", "text"})
+
+    @property
+    def probed_layer(self) -> int | None:
+        """The LLM layer whose projections the method asks for, or None."""
+        return None
+
+    def budget(self, tokens: int) -> int:
+        """Slots that remain of an image of `tokens` tokens.
+
+        Raises:
+            ValueError: the budget asks for more than there is.
+        """
+        return keep_count(self.keep, tokens)
+
+    @abstractmethod
+    def select(self, signals: Signals) -> Selection:
+        """Choose and merge; called only where `budget(N) < N`."""
+
+    def scores(self, signals: Signals) -> Scores | None:
+        """The saliencies `select` goes by, or None for a method without any."""
+        return None
+
+    def identity(self, signals: Signals) -> Selection:
+        """The selection that keeps every token as it is."""
+        rows, tokens = signals.x.shape[:2]
+        every = torch.arange(tokens, device=signals.x.device).expand(rows, tokens)
+        size = torch.ones(rows, tokens, device=signals.x.device)
+        return Selection(signals.x, every, every, size)
+
+
+def keep_count(keep: int | float, tokens: int) -> int:
+    """A budget as a number of tokens: an int is the count, a float a share of `tokens`.
+
+    A share is rounded to the nearest count and is at least one token.
+
+    Raises:
+        ValueError: more tokens than there are.
+    """
+    if isinstance(keep, float):
+        return max(1, round(keep * tokens))
+    if keep > tokens:
+        raise ValueError(f"keep must be in 1..N={tokens}, got {keep}")
+    return keep
+
+
+def check_keep(keep: Any) -> None:
+    """Raises ValueError unless `keep` is a count >= 1 or a share in (0, 1]."""
+    if isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1:
+        return
+    if isinstance(keep, float) and 0.0 < keep <= 1.0:
+        return
+    raise ValueError(f"keep must be a count >= 1 (int) or a share in (0, 1] (float), got {keep!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: int = 0) -> None:
+    """Raises ValueError unless `value` is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+
+
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raises ValueError unless `value` is a number in `low..high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number in {low:g}..{high:g}, got {value!r}")

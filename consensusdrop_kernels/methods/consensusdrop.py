@@ -1,0 +1,235 @@
+"""ConsensusDrop: keep what the image encoder and the question agree on, merge the rest."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import (
+    CONTEXTS,
+    POSITIONS,
+    QUERIES,
+    Method,
+    QueryRule,
+    Scores,
+    Selection,
+    Signals,
+    TextProbe,
+    check_choice,
+    check_count,
+    check_keep,
+    check_range,
+    keep_count,
+)
+
+FUSIONS = ("rank", "rrf", "sum", "zscore", "product", "max")
+ROWS = ("max", "mean", "last")
+
+
+@dataclass(frozen=True)
+class ConsensusDrop(Method):
+    """Training-free reduction by a consensus of encoder and question, before the LLM runs.
+
+    The paper's (arXiv 2602.00946), as far as its abstract fixes it: two signals, the vision
+    encoder's saliency and the LLM's query-aware attention; a consensus ranking of both; the top
+    tokens are kept, the rest is compressed into them by encoder-guided merging; all of it before
+    the LLM. Ours: every formula. Its code was not at hand, so each choice below is an option.
+
+    1. Encoder saliency: attention of the CLS row over the patches, mean of heads, in the encoder
+       layer whose features the model uses.
+    2. Question saliency: attention of the question's rows over the visual tokens, by the norm and
+       projections of one LLM layer on the plain input embeddings (a static probe: no layer runs).
+    3. Consensus: `torch.ops.cdrop.consensus_select`.
+    4. Merge: `torch.ops.cdrop.token_merge`, guided by the encoder keys of step 1's layer.
+
+    Args:
+        keep: tokens kept per image: a count (int) or a share in (0, 1] (float).
+        alpha: weight of the question, 0..1; 0 leaves the encoder alone, and no probe is computed.
+        fusion: how the two lists become one, see `consensus_select`: "rank", "rrf", "sum",
+            "zscore", "product", "max".
+        probe_layer: LLM layer whose input norm and query/key projections are used.
+        rows: over the question's rows: "max", "mean", or "last" (only the last row).
+        rotary: rotate probe queries and keys by their positions, as the layer itself would.
+        probe_context: softmax over the "visual" keys of the image alone, or over "all" keys a row
+            sees; at `probe_layer=0` with rotary, "all" is exactly the attention the LLM computes.
+        contextual: extra slots per image, spread over the dropped tokens, that take the rest in
+            place of the kept tokens (which then stay as they are).
+        threshold: cosine below which a dropped token joins nothing; -1 merges every token.
+        blend: 1 merges by the true mean, 0 leaves the kept token as it is.
+        positions: "compact" numbers what is left without gaps (as the research codes do),
+            "original" leaves each token its own position.
+        query: which text is the question: "after_image" (all text after the last image token),
+            "all_text", "last_token", or a callable `(input_ids [B, L], visual [B, L],
+            valid [B, L]) -> bool [B, L]` on CPU tensors.
+
+    Raises:
+        ValueError: an option is not as above.
+    """
+
+    keep: int | float
+    alpha: float = 0.5
+    fusion: str = "rank"
+    probe_layer: int = 0
+    rows: str = "max"
+    rotary: bool = True
+    probe_context: str = "visual"
+    contextual: int = 0
+    threshold: float = -1.0
+    blend: float = 1.0
+    positions: str = "compact"
+    query: str | QueryRule = "after_image"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_range("alpha", self.alpha, 0.0, 1.0)
+        check_choice("fusion", self.fusion, FUSIONS)
+        check_count("probe_layer", self.probe_layer)
+        check_choice("rows", self.rows, ROWS)
+        if not isinstance(self.rotary, bool):
+            raise ValueError(f"rotary must be True or False, got {self.rotary!r}")
+        check_choice("probe_context", self.probe_context, CONTEXTS)
+        check_count("contextual", self.contextual)
+        check_range("threshold", self.threshold, -1.0, 1.0)
+        check_range("blend", self.blend, 0.0, 1.0)
+        check_choice("positions", self.positions, POSITIONS)
+        if not callable(self.query):
+            check_choice("query", self.query, QUERIES)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The encoder always (it guides the merge), the text unless `alpha` is 0."""
+        return frozenset({"encoder", "text"} if self.alpha > 0 else {"encoder"})
+
+    @property
+    def probed_layer(self) -> int | None:
+        """`probe_layer`, unless no question is asked."""
+        return self.probe_layer if self.alpha > 0 else None
+
+    def budget(self, tokens: int) -> int:
+        """Kept and contextual slots of an image of `tokens` tokens."""
+        keep = keep_count(self.keep, tokens)
+        if keep + self.contextual > tokens:
+            raise ValueError(
+                f"keep + contextual must be in 1..N={tokens}, got {keep} + {self.contextual}"
+            )
+        return keep + self.contextual
+
+    def select(self, signals: Signals) -> Selection:
+        """One `torch.ops.cdrop.select_merge` for all images that have a question.
+
+        Images whose prompt has no text at all go by the encoder alone, with a warning.
+        """
+        probe = self._probe(signals)
+        if probe is None or all(probe.asked):
+            return self._merge(signals, probe)
+        warnings.warn("a prompt has no text: its image goes by the encoder alone", stacklevel=2)
+        device = signals.x.device
+        blind = torch.tensor([i for i, asks in enumerate(probe.asked) if not asks], device=device)
+        keen = torch.tensor(
+            [i for i, asks in enumerate(probe.asked) if asks], dtype=torch.long, device=device
+        )
+        parts = [self._merge(signals.rows(blind), None)]
+        if len(keen):
+            parts.append(self._merge(signals.rows(keen), _rows(probe, keen)))
+        return _interleave(parts, torch.cat([blind, keen]))
+
+    def _probe(self, signals: Signals) -> TextProbe | None:
+        if signals.probe is None or self.alpha == 0:
+            return None
+        probe = signals.probe(
+            layer=self.probe_layer,
+            rotary=self.rotary,
+            context=self.probe_context,
+            query=self.query,
+        )
+        if self.rows != "last":
+            return probe
+        lse = None if probe.lse is None else probe.lse[:, :, -1:]
+        return probe._replace(q=probe.q[:, :, -1:], lse=lse, weight=probe.weight[:, -1:])
+
+    def _merge(self, signals: Signals, probe: TextProbe | None) -> Selection:
+        tokens, index, assign, size = torch.ops.cdrop.select_merge(
+            signals.x,
+            signals.q_vis,
+            signals.k_vis,
+            None if probe is None else probe.q,
+            None if probe is None else probe.k,
+            keep=keep_count(self.keep, signals.x.shape[1]),
+            contextual=self.contextual,
+            alpha=self.alpha,
+            fusion=self.fusion,
+            prefix=signals.prefix,
+            scale_vis=signals.scale_vis,
+            scale_txt=None if probe is None else probe.scale,
+            lse_txt=None if probe is None else probe.lse,
+            txt_weight=None if probe is None else probe.weight,
+            txt_reduce=self._reduce,
+            valid=signals.valid,
+            threshold=self.threshold,
+            blend=self.blend,
+        )
+        return Selection(tokens, index, assign, size, padded=signals.valid is not None)
+
+    @property
+    def _reduce(self) -> str:
+        return "max" if self.rows == "max" else "mean"
+
+    def scores(self, signals: Signals) -> Scores:
+        """The two saliencies and their consensus, by the parts of the fused op."""
+        saliency = torch.ops.cdrop.attention_saliency
+        key_valid = signals.valid
+        if key_valid is not None and signals.prefix:
+            key_valid = torch.nn.functional.pad(key_valid, (signals.prefix, 0), value=True)
+        visual = saliency(
+            signals.q_vis,
+            signals.k_vis,
+            scale=signals.scale_vis,
+            key_valid=key_valid,
+            prefix=signals.prefix,
+        )
+        probe = self._probe(signals)
+        textual = None
+        if probe is not None and any(probe.asked):
+            textual = saliency(
+                probe.q,
+                probe.k,
+                scale=probe.scale,
+                lse=probe.lse,
+                key_valid=signals.valid,
+                query_weight=probe.weight,
+                reduce=self._reduce,
+            )
+        return Scores(visual, textual, self._fused(visual, textual, probe, signals))
+
+    def _fused(
+        self, visual: Tensor, textual: Tensor | None, probe: TextProbe | None, signals: Signals
+    ) -> Tensor:
+        keep = keep_count(self.keep, signals.x.shape[1])
+        _, fused = torch.ops.cdrop.consensus_select(
+            visual, textual, keep, alpha=self.alpha, fusion=self.fusion, valid=signals.valid
+        )
+        if textual is None or probe is None or all(probe.asked):
+            return fused
+        asked = torch.tensor(probe.asked, device=fused.device)
+        return torch.where(asked[:, None], fused, visual)
+
+
+def _rows(probe: TextProbe, index: Tensor) -> TextProbe:
+    lse = None if probe.lse is None else probe.lse[index]
+    asked = (True,) * len(index)
+    return TextProbe(probe.q[index], probe.k[index], probe.scale, lse, probe.weight[index], asked)
+
+
+def _interleave(parts: list[Selection], order: Tensor) -> Selection:
+    """The selections of several groups of images as one, row `i` of the whole at `order[i]`."""
+    back = order.argsort()
+    joined: dict[str, Any] = {
+        f.name: torch.cat([getattr(part, f.name) for part in parts])[back]
+        for f in fields(Selection)
+        if isinstance(getattr(parts[0], f.name), Tensor)
+    }
+    return Selection(**joined, padded=any(part.padded for part in parts))

@@ -1,0 +1,56 @@
+"""Random: the control every comparison needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .base import POSITIONS, Method, Selection, Signals, check_choice, check_count, check_keep
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Keeps tokens drawn at random, without merging: the floor at a given budget.
+
+    Needs no saliency, so it costs no more than a gather. The draw depends only on `seed`, the
+    number of tokens and the budget: every image, in whatever batch, keeps the same places.
+
+    Args:
+        keep: tokens kept per image: a count (int) or a share in (0, 1] (float).
+        seed: of the draw, >= 0.
+        positions: "compact" or "original", see `ConsensusDrop`.
+
+    Raises:
+        ValueError: an option is not as above.
+    """
+
+    keep: int | float
+    seed: int = 0
+    positions: str = "compact"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_count("seed", self.seed)
+        check_choice("positions", self.positions, POSITIONS)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Nothing but the tokens."""
+        return frozenset()
+
+    def select(self, signals: Signals) -> Selection:
+        """The drawn tokens in raster order, every slot of size 1."""
+        rows, tokens = signals.x.shape[:2]
+        if signals.valid is not None:
+            raise ValueError("Random takes images of equal token counts only")
+        device = signals.x.device
+        # Drawn on the CPU, so that a seed means the same places on every device.
+        draw = torch.randperm(tokens, generator=torch.Generator().manual_seed(self.seed))
+        chosen = draw[: self.budget(tokens)].sort().values
+        assign = torch.full((tokens,), -1)
+        assign[chosen] = torch.arange(len(chosen))
+        index = chosen.to(device).expand(rows, -1)
+        size = torch.ones(index.shape, device=device)
+        kept = signals.x.index_select(1, index[0]) if rows else signals.x[:, : index.shape[1]]
+        return Selection(kept, index, assign.to(device).expand(rows, -1), size)
