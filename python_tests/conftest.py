@@ -35,7 +35,7 @@ class Backend:
 
     def place(self, value: object) -> object:
         """`value` on the device, with the strides and the storage offset it had."""
-        if not isinstance(value, torch.Tensor) or value.device.type == self.device:
+        if not isinstance(value, torch.Tensor) or value.device.type in (self.device, "meta"):
             return value
         flat = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
         moved = flat.to(self.device)

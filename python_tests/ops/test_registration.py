@@ -1,0 +1,216 @@
+"""The ops as torch sees them: schema, fake kernels, `opcheck` and `torch.compile`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+
+from .cases import (
+    Args,
+    merge_case,
+    random_lse,
+    random_mask,
+    saliency_case,
+    scores,
+    select_merge_case,
+)
+from .checks import assert_same
+
+ops = torch.ops.cdrop
+
+
+def samples(op: str) -> dict[str, Args]:
+    """Plain, strided, empty and padded calls with every optional argument used somewhere."""
+    valid = random_mask((2, 30), seed=1)
+    if op == "attention_saliency":
+        strided = saliency_case(
+            2, 4, 2, 3, 30, 24, layout="transposed", prefix=2, causal=True,
+            dtype=torch.bfloat16, reduce="max",
+        )  # fmt: skip
+        return {
+            "plain": saliency_case(2, 2, 2, 3, 30, 16),
+            "strided": {**strided, "lse": random_lse(strided), "scale": 0.1},
+            "expanded": saliency_case(2, 4, 2, 3, 30, 24, layout="expanded"),
+            "empty": saliency_case(0, 2, 2, 3, 30, 16),
+            "padded": {
+                **saliency_case(2, 2, 2, 3, 30, 16),
+                "key_valid": valid,
+                "query_weight": torch.rand(2, 3),
+            },
+        }
+    if op == "consensus_select":
+        both = {"visual": scores(2, 30), "textual": scores(2, 30, seed=1), "keep": 7}
+        return {
+            "plain": both,
+            "strided": {**both, "visual": scores(30, 2).t(), "fusion": "zscore", "alpha": 0.2},
+            "empty": {"visual": scores(0, 30), "textual": None, "keep": 7},
+            "padded": {**both, "valid": valid, "priority": torch.rand(30), "priority_keep": 2},
+        }
+    if op == "token_merge":
+        padded = merge_case(2, 30, 7, contextual=3, weight=torch.rand(2, 30), blend=0.5)
+        return {
+            "plain": merge_case(2, 30, 7),
+            "strided": merge_case(
+                2, 30, 7, layout="transposed", dtype=torch.bfloat16, threshold=0.1
+            ),
+            "gapped": merge_case(2, 30, 7, layout="gapped", contextual=2),
+            "empty": merge_case(0, 30, 7),
+            "padded": {**padded, "valid": torch.ones(2, 30, dtype=torch.bool)},
+        }
+    return {
+        "plain": select_merge_case(2, 30, 7),
+        "strided": select_merge_case(
+            2, 30, 7, layout="transposed", dtype=torch.float16, prefix=1, contextual=3
+        ),
+        "empty": select_merge_case(0, 30, 7),
+        "no text": select_merge_case(2, 30, 7, text=False),
+        "padded": select_merge_case(
+            2, 30, 7, valid=valid, priority=torch.rand(30), priority_keep=2, contextual=3,
+            metric=torch.rand(2, 30, 5), txt_weight=torch.rand(2, 5), blend=0.5,
+        ),
+    }  # fmt: skip
+
+
+NAMES = ("attention_saliency", "consensus_select", "token_merge", "select_merge")
+SAMPLES = [pytest.param(op, kind, id=f"{op}-{kind}") for op in NAMES for kind in samples(op)]
+DIFFERENTIABLE = ("token_merge", "select_merge")
+
+
+def in_schema_order(op: str, args: Args) -> tuple[tuple, Args]:
+    """Positional and keyword arguments, as `opcheck` wants them."""
+    declared = getattr(ops, op).default._schema.arguments
+    first = [a.name for a in declared if not a.kwarg_only and a.name in args]
+    return tuple(args[n] for n in first), {n: v for n, v in args.items() if n not in first}
+
+
+def with_gradients(op: str, args: Args) -> Args:
+    if op not in DIFFERENTIABLE:
+        return args
+    wanted = ("x", "weight") if op == "token_merge" else ("x",)
+    return {
+        n: v.detach().requires_grad_() if n in wanted and v is not None else v
+        for n, v in args.items()
+    }
+
+
+@pytest.mark.parametrize(("op", "kind"), SAMPLES)
+def test_opcheck(backend, op, kind):
+    args = with_gradients(op, backend.place_all(samples(op)[kind]))
+    positional, named = in_schema_order(op, args)
+    torch.library.opcheck(getattr(ops, op).default, positional, named)
+
+
+@pytest.mark.parametrize(("op", "kind"), SAMPLES)
+def test_fake_outputs_are_like_the_real_ones(backend, op, kind):
+    args = backend.place_all(samples(op)[kind])
+    real = getattr(ops, op)(**args)
+    with FakeTensorMode() as mode:
+        fake = getattr(ops, op)(
+            **{n: mode.from_tensor(v) if isinstance(v, Tensor) else v for n, v in args.items()}
+        )
+    one = isinstance(real, Tensor)
+    for a, b in zip([real] if one else real, [fake] if one else fake, strict=True):
+        assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+        assert a.stride() == b.stride()
+        assert a.storage_offset() == b.storage_offset()
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_no_output_aliases_an_input(backend, op):
+    """Writing to a result must not change what went in: also with `keep = N` or no text."""
+    args = backend.place_all(samples(op)["plain"])
+    if op == "consensus_select":
+        args["textual"] = None
+    if op == "token_merge":
+        args["index"] = torch.arange(30, device=backend.device).repeat(2, 1)
+    if op == "select_merge":
+        args["keep"] = 30
+    before = {n: v.clone() for n, v in args.items() if isinstance(v, Tensor)}
+    outs = getattr(ops, op)(**args)
+    for out in [outs] if isinstance(outs, Tensor) else outs:
+        out.fill_(7)
+    for name, value in before.items():
+        assert torch.equal(args[name], value), name
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_tags(op):
+    tags = getattr(ops, op).default.tags
+    assert torch.Tag.pt2_compliant_tag in tags
+    assert torch.Tag.needs_fixed_stride_order in tags
+
+
+def pipeline(x: Tensor, q: Tensor, k: Tensor, *, keep: int) -> tuple[Tensor, ...]:
+    """All four ops with torch code around them."""
+    saliency = ops.attention_saliency(q * 1.0, k, reduce="max")
+    index, score = ops.consensus_select(saliency, saliency.sqrt(), keep, fusion="sum")
+    merged, _, size = ops.token_merge(x + 1, x, index, contextual=3)
+    tokens, *_ = ops.select_merge(x, q, k, q, k, keep=keep, contextual=2)
+    return merged * 2, size.sum(1), score + 1, tokens.relu()
+
+
+def pipeline_inputs(tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    args = select_merge_case(2, tokens, 4, width=16, head_dim=16)
+    return tuple(args[n].to(device) for n in ("x", "q_vis", "k_vis"))
+
+
+def run_compiled(name: str, device: str, dynamic: bool | None) -> int:
+    """Compares compiled with eager over many lengths; how often it compiled."""
+    compiles = CompileCounterWithBackend(name)
+    fast = torch.compile(pipeline, fullgraph=True, backend=compiles, dynamic=dynamic)
+    for tokens in (40, 41, 57, 64, 129):
+        inputs = pipeline_inputs(tokens, device)
+        for a, b in zip(fast(*inputs, keep=9), pipeline(*inputs, keep=9), strict=True):
+            assert a.stride() == b.stride()
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    return compiles.frame_count
+
+
+@pytest.fixture
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_over_varying_lengths(backend, dynamic):
+    """One graph, and no new one for each length."""
+    assert run_compiled("aot_eager", backend.device, dynamic) <= (2 if dynamic is None else 1)
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_compile_with_inductor(backend):
+    inputs = pipeline_inputs(40, backend.device)
+    fast = torch.compile(pipeline, fullgraph=True)
+    for a, b in zip(fast(*inputs, keep=9), pipeline(*inputs, keep=9), strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_compiled_gradients(backend):
+    def loss(x: Tensor, metric: Tensor, index: Tensor) -> Tensor:
+        return ops.token_merge(x, metric, index, contextual=2)[0].square().sum()
+
+    args = backend.place_all(merge_case(2, 30, 7))
+    grads = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        x = args["x"].detach().clone().requires_grad_()
+        run(x, args["metric"], args["index"]).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_inference_mode_and_no_grad(backend, op):
+    args = backend.place_all(samples(op)["plain"])
+    outs = getattr(ops, op)(**args)
+    with torch.inference_mode():
+        assert_same(getattr(ops, op)(**args), outs)
+    with torch.no_grad():
+        assert_same(getattr(ops, op)(**with_gradients(op, args)), outs)
