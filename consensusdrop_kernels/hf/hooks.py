@@ -39,7 +39,7 @@ class _Prefill:
     mask: Tensor | None
     cache: Any
     encoded: Encoded | None
-    whole: bool  # give hidden states back at the prompt's length
+    logits: int  # how many last logits the caller wants; 0: all, at the prompt's length
     restore: Tensor | None = None
 
 
@@ -137,9 +137,9 @@ class Hooks:
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = dict(zip(self._model_names, args, strict=False)) | kwargs
-        # The common call asks for the last logits only; everything else counts in prompt tokens.
-        last_only = given.get("labels") is None and given.get("logits_to_keep") == 1
-        self._calls.local.whole = not last_only
+        logits = given.get("logits_to_keep")
+        counted = isinstance(logits, int) and given.get("labels") is None
+        self._calls.local.logits = logits if counted else 0
 
     def _before_outer(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._calls.local.prefill = None
@@ -179,12 +179,12 @@ class Hooks:
             mask=given.get("attention_mask"),
             cache=cache,
             encoded=encoded,
-            whole=getattr(self._calls.local, "whole", True),
+            logits=getattr(self._calls.local, "logits", 0),
         )
 
     def _after_outer(self, module: nn.Module, args: Any, output: Any) -> None:
         self._calls.local.prefill = None
-        self._calls.local.whole = True
+        self._calls.local.logits = 0
 
     def _before_text(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         prefill = self._prefill
@@ -201,6 +201,9 @@ class Hooks:
             self._placeholders(prefill.ids), valid, prefill.ids, encoded.tokens, embeds.device
         )
         positions = _positions(kwargs.get("position_ids"), embeds)
+        # The first logit asked for predicts the first token that is no prompt: a draft of assisted
+        # decoding, or an answer to be scored. What is chosen must not depend on those.
+        layout = layout.without_last(max(prefill.logits - 1, 0))
         signals = self._signals(embeds, positions, layout, encoded)
 
         budget = self.method.budget(encoded.tokens)
@@ -212,7 +215,8 @@ class Hooks:
         short = shorten(embeds, positions, layout, selection, compact)
         _check_static(prefill.cache, layout, short)
         kwargs = kwargs | self._shortened(kwargs, short, embeds.shape[1])
-        prefill.restore = short.restore if prefill.whole else None
+        # Only the last logit stands at the same place in the shorter sequence, whatever was asked.
+        prefill.restore = None if prefill.logits == 1 else short.restore
         cached = kwargs.get("past_key_values") is not None
         self._report(selection, signals, layout, short, embeds, cached)
         return (), kwargs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class Layout:
     Attributes:
         ids: `[B, L]` int64 on the CPU.
         visual, valid: `[B, L]` bool on the CPU.
+        asking: `[B, L]` bool on the CPU, tokens that may be the question, of those valid.
         sample_list, end_list: the row of each image, and the place of its last token there.
         sample: the former as `[R]` int64 on the device.
         columns: `[R, N]` int64 on the device, the place of each token in its row.
@@ -25,6 +26,7 @@ class Layout:
     ids: Tensor
     visual: Tensor
     valid: Tensor
+    asking: Tensor
     sample_list: tuple[int, ...]
     end_list: tuple[int, ...]
     sample: Tensor
@@ -34,6 +36,14 @@ class Layout:
     def flat(self) -> Tensor:
         """Each token's place in the `B * L` tokens of the batch, `[R, N]` int64."""
         return self.sample[:, None] * self.visual.shape[1] + self.columns
+
+    def without_last(self, count: int) -> Layout:
+        """The same layout, where the last `count` places are no question."""
+        if count == 0:
+            return self
+        asking = self.asking.clone()
+        asking[:, -count:] = False
+        return replace(self, asking=asking)
 
     def tokens(self, embeds: Tensor) -> Tensor:
         """The visual tokens `[R, N, D]` of `[B, L, D]`."""
@@ -72,6 +82,7 @@ def locate(
         ids=ids,
         visual=here,
         valid=real.bool(),
+        asking=real.bool(),
         sample_list=tuple(sample.tolist()),
         end_list=tuple((places[:, -1] % length).tolist()),
         sample=sample.to(device),

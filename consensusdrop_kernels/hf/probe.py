@@ -67,7 +67,7 @@ class StaticProbe:
 
     def _compute(self, layer: int, rotary: bool, context: str, query: str | QueryRule) -> TextProbe:
         place, embeds = self._layout, self._embeds
-        mask = question_mask(query, place.ids, place.visual, place.valid, self._special)
+        mask = question_mask(query, place.ids, place.visual, place.asking, self._special)
         index, live = padded_rows(mask & place.visual.any(1, keepdim=True))
         weight = live[list(place.sample_list)]
         if context == "all":  # a row sees no image that comes after it

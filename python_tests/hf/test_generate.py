@@ -1,0 +1,336 @@
+"""Generation of the patched model against the oracle: uncached, unpadded, hook-free."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import consensusdrop_kernels.hf.hooks as hooks
+from consensusdrop_kernels.hf import patch
+from consensusdrop_kernels.methods import ConsensusDrop, Random
+
+from . import reference
+from .models import TOKENS, batch, pixels, prompt, random_llava
+
+STEPS = 6
+KEEP = 5
+SHORT, LONG, TEXT = prompt(2, 4, seed=1), prompt(5, 9, seed=2), prompt(7, seed=3)
+TWO = prompt(2, 3, 6, seed=4)
+
+
+def generate(model: Any, inputs: dict[str, Tensor], images: Tensor, **options: Any) -> Any:
+    return model.generate(
+        **inputs, pixel_values=images, max_new_tokens=STEPS, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+
+
+def check(out: Any, model: Any, prompts: list[list[int]], per: list[Tensor], **how: Any) -> None:
+    """The new tokens and their logits are the oracle's, sample by sample."""
+    logits = torch.stack(out.logits, 1)
+    for row, (words, images) in enumerate(zip(prompts, per, strict=True)):
+        with torch.no_grad():
+            sequence = reference.pruned(model, torch.tensor(words), images, keep=KEEP, **how)
+        ids, want = reference.greedy(model, sequence, STEPS)
+        assert out.sequences[row, -STEPS:].tolist() == ids
+        torch.testing.assert_close(logits[row], want, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("text", ["llama", "qwen3"])
+def test_padded_batch_equals_the_oracle(text: str, positions: str) -> None:
+    plain, model, images = random_llava(text), random_llava(text), pixels(2)
+    inputs = batch(SHORT, LONG)
+    with patch(model, ConsensusDrop(keep=KEEP, positions=positions)):
+        out = generate(model, inputs, images)
+    assert torch.equal(out.sequences[:, : len(LONG)], inputs["input_ids"])
+    check(out, plain, [SHORT, LONG], [images[:1], images[1:]], compact=positions == "compact")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_several_images_beside_one_and_beside_text_alone(attention: str) -> None:
+    plain, model, images = random_llava(), random_llava(), pixels(3)
+    model.set_attn_implementation(attention)
+    with patch(model, ConsensusDrop(keep=KEEP)) as handle:
+        out = generate(model, batch(TWO, TEXT, SHORT), images)
+    check(out, plain, [TWO, TEXT, SHORT], [images[:2], images[:0], images[2:]])
+    assert handle.last is not None
+    assert handle.last.sample == (0, 0, 2)
+    assert handle.last.tokens_after == (2 * KEEP, 0, KEEP)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"layer": 1, "rotary": False},
+        {"context": "all", "reduce": "mean"},
+        {"alpha": 0.0},
+        {"alpha": 1.0, "layer": 2},
+    ],
+)
+def test_probe_options_equal_the_oracle(how: dict[str, Any]) -> None:
+    plain, model, images = random_llava(), random_llava(), pixels(2)
+    names = {"layer": "probe_layer", "context": "probe_context", "reduce": "rows"}
+    method = ConsensusDrop(keep=KEEP, **{names.get(k, k): v for k, v in how.items()})
+    with patch(model, method):
+        out = generate(model, batch(SHORT, LONG), images)
+    check(out, plain, [SHORT, LONG], [images[:1], images[1:]], **how)
+
+
+def test_random_keeps_its_draw_unmerged() -> None:
+    plain, model, images = random_llava(), random_llava(), pixels(2)
+    with patch(model, Random(keep=KEEP, seed=3)) as handle:
+        out = generate(model, batch(SHORT, LONG), images)
+    kept = handle.last.selection.index[0]
+    check(out, plain, [SHORT, LONG], [images[:1], images[1:]], merging=False, kept=kept)
+
+
+def test_vision_feature_layer_counts_from_either_end() -> None:
+    plain, model, images = random_llava(), random_llava(), pixels(1)
+    for one in (plain, model):
+        one.config.vision_feature_layer = 2
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        out = generate(model, batch(SHORT), images)
+    check(out, plain, [SHORT], [images])
+
+
+def _leave(*what: str) -> Any:
+    """`continue_call` that forgets to correct some of the inputs."""
+    correct = hooks.continue_call
+
+    def forgetful(given: dict[str, Any], state: Any, cache: Any) -> None:
+        before = {name: given.get(name) for name in what}
+        correct(given, state, cache)
+        given.update(before)
+
+    return forgetful
+
+
+@pytest.mark.parametrize("what", ["attention_mask", "position_ids"])
+def test_control_uncorrected_decoding_is_wrong(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, model, images = random_llava(), random_llava(), pixels(2)
+    monkeypatch.setattr(hooks, "continue_call", _leave(what))
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        out = generate(model, batch(TWO, TEXT), images)
+    with pytest.raises(AssertionError):
+        check(out, plain, [TWO, TEXT], [images, images[:0]])
+
+
+def test_control_another_choice_gives_other_logits() -> None:
+    plain, model, images = random_llava(), random_llava(), pixels(1)
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        out = generate(model, batch(SHORT), images)
+    with pytest.raises(AssertionError):
+        check(out, plain, [SHORT], [images], kept=torch.arange(KEEP))
+    with pytest.raises(AssertionError):
+        check(out, plain, [SHORT], [images], merging=False)
+
+
+def prompt_only(ids: Tensor, visual: Tensor, valid: Tensor) -> Tensor:
+    """The first two words after the image: a question that generated words don't join."""
+    after = valid & (visual.flip(1).cumsum(1).flip(1) == 0)
+    return after & (after.cumsum(1) <= 2)
+
+
+def test_without_cache_the_tokens_are_the_same() -> None:
+    model, images = random_llava(), pixels(2)
+    inputs = batch(SHORT, LONG)
+    method = ConsensusDrop(keep=KEEP, query=prompt_only, positions="original")
+    with patch(model, method):
+        cached = generate(model, inputs, images)
+        anew = generate(model, inputs, images, use_cache=False)
+    assert torch.equal(cached.sequences, anew.sequences)
+    torch.testing.assert_close(
+        torch.stack(cached.logits), torch.stack(anew.logits), atol=2e-4, rtol=1e-4
+    )
+
+
+def test_without_cache_and_mask_gaps_are_no_packed_sequences() -> None:
+    model, images = random_llava(), pixels(1)
+    ids = torch.tensor([SHORT])
+    with patch(model, ConsensusDrop(keep=KEEP, positions="original")), torch.no_grad():
+        with_mask = model(
+            input_ids=ids, pixel_values=images, attention_mask=torch.ones_like(ids)
+        ).logits
+        without = model(input_ids=ids, pixel_values=images, use_cache=False).logits
+    torch.testing.assert_close(without, with_mask, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("images_per_prompt", [1, 2])
+def test_beams_equal_the_beams_of_the_pruned_prompt(images_per_prompt: int) -> None:
+    """Beam search over the decoder alone, fed the oracle's sequence, finds the same beams."""
+    plain, model, images = random_llava(), random_llava(), pixels(2)
+    words = SHORT if images_per_prompt == 1 else TWO
+    images = images[:1] if images_per_prompt == 1 else images[:1].expand(2, -1, -1, -1)
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": STEPS}
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        out = model.generate(**batch(words), pixel_values=images, do_sample=False, **options)
+    with torch.no_grad():
+        sequence = reference.pruned(plain, torch.tensor(words), images, keep=KEEP)
+    want = plain.generate(
+        inputs_embeds=sequence.embeds[None],
+        attention_mask=torch.ones(1, len(sequence.embeds), dtype=torch.long),
+        do_sample=False,
+        **options,
+    )
+    assert out[:, len(words) :].tolist() == want.tolist()
+    assert out[0].tolist() != out[1].tolist()
+
+
+def test_beams_of_a_batch_are_those_of_each_prompt() -> None:
+    model, images = random_llava(), pixels(2)
+    options: dict[str, Any] = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 4}
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        both = model.generate(**batch(SHORT, LONG), pixel_values=images, do_sample=False, **options)
+        for at, words in enumerate((SHORT, LONG)):
+            alone = model.generate(
+                **batch(words), pixel_values=images[at : at + 1], do_sample=False, **options
+            )
+            assert both[2 * at : 2 * at + 2, -4:].tolist() == alone[:, -4:].tolist()
+
+
+def test_sampling_draws_from_the_pruned_distribution() -> None:
+    model, images = random_llava(), pixels(1)
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        greedy = generate(model, batch(SHORT), images)
+        torch.manual_seed(0)
+        out = model.generate(
+            **batch(SHORT), pixel_values=images, do_sample=True, num_return_sequences=3,
+            max_new_tokens=STEPS, top_k=0, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    for row in out.logits[0]:
+        torch.testing.assert_close(row, greedy.logits[0][0], atol=2e-4, rtol=1e-4)
+    assert len({tuple(row) for row in out.sequences.tolist()}) > 1
+
+
+def test_prompt_lookup_decoding_gives_the_greedy_tokens() -> None:
+    """Drafts come with the first call already; they must not pass for the question."""
+    model, images = random_llava(), pixels(1)
+    words = [*SHORT, 5, 6, 7, 5, 6]
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        plain = generate(model, batch(words), images)
+        looked = generate(model, batch(words), images, prompt_lookup_num_tokens=2)
+    assert torch.equal(plain.sequences, looked.sequences)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("given", ["mask", "mask and positions"])
+def test_hand_written_loop(given: str, positions: str) -> None:
+    plain, model, images = random_llava(), random_llava(), pixels(2)
+    inputs = batch(TWO, TEXT) if given == "mask and positions" else batch(SHORT)
+    per = [images, images[:0]] if given == "mask and positions" else [images[:1]]
+    words = [TWO, TEXT] if given == "mask and positions" else [SHORT]
+    mask, ids, cache, logits = inputs["attention_mask"], inputs["input_ids"], None, []
+    new: list[Tensor] = []
+    first: dict[str, Any] = {"pixel_values": torch.cat(per)}
+    with patch(model, ConsensusDrop(keep=KEEP, positions=positions)), torch.no_grad():
+        for _ in range(STEPS):
+            where = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+            if given == "mask and positions":
+                first["position_ids"] = where
+            out = model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **first
+            )
+            cache, first = out.past_key_values, {}
+            logits.append(out.logits[:, -1])
+            ids = logits[-1].argmax(-1, keepdim=True)
+            new.append(ids)
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+    result = type("Out", (), {"sequences": torch.cat(new, 1), "logits": logits})
+    check(result, plain, words, per, compact=positions == "compact")
+
+
+def test_hand_written_loop_without_mask_or_positions() -> None:
+    plain, model, images = random_llava(), random_llava(), pixels(1)
+    ids, cache, logits, new = torch.tensor([SHORT]), None, [], []
+    first: dict[str, Any] = {"pixel_values": images}
+    with patch(model, ConsensusDrop(keep=KEEP)), torch.no_grad():
+        for _ in range(STEPS):
+            out = model(input_ids=ids, past_key_values=cache, **first)
+            cache, first = out.past_key_values, {}
+            logits.append(out.logits[:, -1])
+            ids = logits[-1].argmax(-1, keepdim=True)
+            new.append(ids)
+    result = type("Out", (), {"sequences": torch.cat(new, 1), "logits": logits})
+    check(result, plain, [SHORT], [images])
+
+
+def test_right_padded_rows_answer_as_if_alone() -> None:
+    model, images = random_llava(), pixels(2)
+    inputs = batch(SHORT, LONG, side="right")
+    with patch(model, ConsensusDrop(keep=KEEP)), torch.no_grad():
+        both = model(**inputs, pixel_values=images).logits
+        alone = model(input_ids=torch.tensor([SHORT]), pixel_values=images[:1]).logits
+    torch.testing.assert_close(both[0, : len(SHORT)], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_new_image_beside_it_changes_nothing() -> None:
+    model = random_llava()
+    with patch(model, ConsensusDrop(keep=KEEP)) as handle:
+        rows = []
+        for seed in (1, 2):
+            images = torch.cat([pixels(1), pixels(1, seed)])
+            generate(model, batch(SHORT, LONG), images)
+            rows.append(handle.last.selection.index)
+    assert torch.equal(rows[0][0], rows[1][0])
+    assert not torch.equal(rows[0][1], rows[1][1])
+
+
+def test_threads_do_not_mix() -> None:
+    model = random_llava()
+    cases = [(prompt(n, 3 + n, seed=n), pixels(1, n)) for n in range(6)]
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        want = [generate(model, batch(w), i).sequences.tolist() for w, i in cases]
+        got: list[Any] = [None] * len(cases)
+
+        def run(at: int) -> None:
+            words, images = cases[at]
+            got[at] = [generate(model, batch(words), images).sequences.tolist() for _ in range(3)]
+
+        threads = [threading.Thread(target=run, args=(at,)) for at in range(len(cases))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert got == [[one] * 3 for one in want]
+
+
+def test_a_copied_cache_continues_like_the_original() -> None:
+    model, images = random_llava(), pixels(1)
+    with patch(model, ConsensusDrop(keep=KEEP)), torch.no_grad():
+        out = model(input_ids=torch.tensor([SHORT]), pixel_values=images)
+        twin = copy.deepcopy(out.past_key_values)
+        step = torch.tensor([[5]])
+        one = model(input_ids=step, past_key_values=out.past_key_values).logits
+        two = model(input_ids=step, past_key_values=twin).logits
+    assert torch.equal(one, two)
+
+
+def test_static_cache_without_padding() -> None:
+    model, images = random_llava(), pixels(1)
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        want = generate(model, batch(SHORT), images)
+        options = {"cache_implementation": "static", "disable_compile": True}
+        for _ in range(2):  # generate uses the same cache again, reset
+            out = generate(model, batch(SHORT), images, **options)
+            assert torch.equal(out.sequences, want.sequences)
+
+
+def test_budget_of_everything_is_the_unpatched_model() -> None:
+    model, images = random_llava(), pixels(3)
+    inputs = batch(TWO, TEXT, SHORT)
+    before = generate(model, inputs, images)
+    for method in (
+        ConsensusDrop(keep=1.0),
+        ConsensusDrop(keep=TOKENS - 3, contextual=3),
+        Random(keep=TOKENS),
+    ):
+        with patch(model, method):
+            after = generate(model, inputs, images)
+        assert torch.equal(before.sequences, after.sequences)
+        assert torch.equal(torch.stack(before.logits), torch.stack(after.logits))
