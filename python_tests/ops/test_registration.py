@@ -157,16 +157,12 @@ def pipeline_inputs(tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(args[n].to(device) for n in ("x", "q_vis", "k_vis"))
 
 
-def run_compiled(name: str, device: str, dynamic: bool | None) -> int:
-    """Compares compiled with eager over many lengths; how often it compiled."""
-    compiles = CompileCounterWithBackend(name)
-    fast = torch.compile(pipeline, fullgraph=True, backend=compiles, dynamic=dynamic)
-    for tokens in (40, 41, 57, 64, 129):
-        inputs = pipeline_inputs(tokens, device)
-        for a, b in zip(fast(*inputs, keep=9), pipeline(*inputs, keep=9), strict=True):
-            assert a.stride() == b.stride()
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    return compiles.frame_count
+ONE_OP = {
+    "attention_saliency": lambda x, q, k: ops.attention_saliency(q, k),
+    "consensus_select": lambda x, q, k: ops.consensus_select(x[..., 0], None, 9)[0],
+    "token_merge": lambda x, q, k: ops.token_merge(x, x, torch.arange(9).repeat(2, 1))[0],
+    "select_merge": lambda x, q, k: ops.select_merge(x, q, k, q, k, keep=9, contextual=3)[0],
+}
 
 
 @pytest.fixture
@@ -178,9 +174,26 @@ def _fresh_dynamo():
 
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_compile_over_varying_lengths(backend, dynamic):
-    """One graph, and no new one for each length."""
-    assert run_compiled("aot_eager", backend.device, dynamic) <= (2 if dynamic is None else 1)
+@pytest.mark.parametrize("op", NAMES)
+def test_compile_over_varying_lengths(op, dynamic):
+    """One graph for every length, as fakes that look at no size allow; without `dynamic`, two."""
+    compiles = CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(ONE_OP[op], fullgraph=True, backend=compiles, dynamic=dynamic)
+    for tokens in (40, 41, 57, 64, 129):
+        inputs = pipeline_inputs(tokens, "cpu")
+        assert_same(fast(*inputs), ONE_OP[op](*inputs))
+    assert compiles.frame_count == (1 if dynamic else 2)
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_of_a_pipeline(backend, dynamic):
+    fast = torch.compile(pipeline, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (40, 57, 129):
+        inputs = pipeline_inputs(tokens, backend.device)
+        for a, b in zip(fast(*inputs, keep=9), pipeline(*inputs, keep=9), strict=True):
+            assert a.stride() == b.stride()
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
