@@ -220,8 +220,10 @@ def _run_demo(args: argparse.Namespace) -> None:
         if not rows:
             _print_header(args, assistant, keep, asked.tokens)
         runs = compare(assistant, asked, keep, args.alpha, args.seed)
-        _print_table(question, truths.get(question), asked.tokens, runs)
-        rows.append(figure_row(assistant, asked, runs))
+        truth = truths.get(question)
+        title = question if truth is None else f"{question}  (true answer: {truth})"
+        _print_table(title, asked.tokens, runs)
+        rows.append(figure_row(assistant, asked, runs, title))
     print("first token: encoding the image, choosing and merging tokens, prefill; median of 7")
     print("KV cache: keys and values of all layers after prefill, text included")
     try:
@@ -270,8 +272,8 @@ def _print_header(args: argparse.Namespace, assistant: Assistant, keep: int, tok
     print(f"budget  {keep} of {tokens} visual tokens, alpha {args.alpha:g}\n")
 
 
-def _print_table(question: str, truth: str | None, tokens: int, runs: Sequence[Run]) -> None:
-    print(question if truth is None else f"{question}  (true answer: {truth})")
+def _print_table(title: str, tokens: int, runs: Sequence[Run]) -> None:
+    print(title)
     print(f"  {'':<14}{'visual tokens':>15}{'first token':>14}{'KV cache':>12}   answer")
     name, unit = _unit(max(run.kv_bytes for run in runs))
     for run in runs:

@@ -37,12 +37,10 @@ class Asked:
     """A prompt as the model takes it.
 
     Args:
-        question: as the user wrote it.
         inputs: what the processor made of it and the image.
         tokens: visual tokens in it.
     """
 
-    question: str
     inputs: Any
     tokens: int
 
@@ -85,6 +83,8 @@ class Assistant:
             self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
             self.model: Any = model.to(self.device).eval()
+        with _with(self, ConsensusDrop(keep=1)):
+            pass  # a model that can't be patched is refused here, before anything was asked of it
 
     def ask(self, image: Any, question: str) -> Asked:
         """The prompt for a question about a PIL image."""
@@ -92,7 +92,7 @@ class Assistant:
         inputs = self.processor(text=[text], images=[image], return_tensors="pt")
         inputs = inputs.to(self.device, self.model.dtype)
         tokens = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
-        return Asked(question, inputs, tokens)
+        return Asked(inputs, tokens)
 
     def _prompt(self, question: str) -> str:
         if getattr(self.processor, "chat_template", None):
@@ -172,7 +172,7 @@ def _loading(source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise DemoError(f"cannot load model {source}: {first_sentence(error)}") from error
+        raise DemoError(f"can't load model {source}: {first_sentence(error)}") from error
 
 
 def first_sentence(error: BaseException) -> str:
@@ -228,7 +228,7 @@ def compare(
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(repeats + 1):
         for at, (_, method) in enumerate(ways):
-            with _with(assistant.model, method):
+            with _with(assistant, method):
                 seconds, runs[at].kv_bytes = assistant.first_token(asked)
             times[at].append(seconds)
     for run, seen in zip(runs, times, strict=True):
@@ -237,7 +237,7 @@ def compare(
 
 
 def _answer(assistant: Assistant, asked: Asked, name: str, method: Method | None) -> Run:
-    with _with(assistant.model, method) as handle:
+    with _with(assistant, method) as handle:
         run = Run(name, asked.tokens, assistant.answer(asked))
         if handle is not None and handle.last is not None:
             run.pruning = handle.last
@@ -246,15 +246,21 @@ def _answer(assistant: Assistant, asked: Asked, name: str, method: Method | None
 
 
 @contextlib.contextmanager
-def _with(model: Any, method: Method | None) -> Iterator[Handle | None]:
+def _with(assistant: Assistant, method: Method | None) -> Iterator[Handle | None]:
     if method is None:
         yield None
         return
-    with patch(model, method) as handle:
+    try:
+        handle = patch(assistant.model, method, processor=assistant.processor)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DemoError(
+            f"model {assistant.name} can't be patched: {first_sentence(error)}"
+        ) from error
+    with handle:
         yield handle
 
 
-def figure_row(assistant: Assistant, asked: Asked, runs: Sequence[Run]) -> SelectionRow:
+def figure_row(assistant: Assistant, asked: Asked, runs: Sequence[Run], title: str) -> SelectionRow:
     """What ConsensusDrop did in a comparison, for `viz.selection_figure`."""
     pruning = next(run.pruning for run in runs if run.name == "ConsensusDrop")
     chosen, scores = pruning.selection, pruning.scores
@@ -268,6 +274,6 @@ def figure_row(assistant: Assistant, asked: Asked, runs: Sequence[Run]) -> Selec
         assign=chosen.assign[0].cpu().numpy(),
         size=chosen.size[0].cpu().numpy(),
         grid=pruning.grid,
-        question=asked.question,
+        question=title,
         answers=answers,
     )

@@ -18,16 +18,17 @@ _PANELS = (
     ("encoder saliency", "what stands out"),
     ("query saliency", "what the question looks at"),
     ("consensus", "rank of both together"),
-    ("kept", "the tokens that stay"),
+    ("kept", "dark: dropped"),
     ("merged", "colour: the kept token joined"),
 )
 _SIGNAL_MAP = "magma"
 _CONSENSUS_MAP = "viridis"
 _KEPT_EDGE = "black"
-_OWN_EDGE = "#d62728"
+_OWN_EDGE = "#ff3b30"
+_LUMA = np.array([0.299, 0.587, 0.114])
 _GOLDEN = 0.6180339887
 _RELIEF = 0.6  # how much of the image's light and shade shows through a tint
-_DIMMED = 0.86  # how far a dropped patch fades to white
+_DIMMED = 0.25  # the light that is left in a dropped patch
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def selection_figure(rows: Sequence[SelectionRow]) -> Figure:
         _caption(figure, row, gap / width, (bottom + panel) / height, 1 / height)
     for column, (name, meaning) in enumerate(_PANELS):
         if name == "kept" and shared is not None:
-            meaning = "framed: for this question only"
+            meaning = "dark: dropped; red: this question only"
         middle = (gap + column * (panel + gap) + panel / 2) / width
         _centred(figure, middle, 1 - 0.16 / height, name, weight="bold", size=11)
         _centred(figure, middle, 1 - 0.38 / height, meaning, color="0.35", size=8.5)
@@ -176,13 +177,13 @@ def _draw_kept(axes: Axes, row: SelectionRow) -> None:
 
 
 def dim_dropped(row: SelectionRow) -> npt.NDArray[np.uint8]:
-    """The row's image, `[H, W, 3]` uint8, its dropped patches faded to white."""
+    """The row's image, `[H, W, 3]` uint8, its dropped patches grey and dark."""
     kept = np.zeros(row.grid[0] * row.grid[1], bool)
     kept[row.index[row.index >= 0]] = True
     height, width = row.image.shape[:2]
     clear = kept.reshape(row.grid)[_cells(height, row.grid[0])][:, _cells(width, row.grid[1])]
-    faded = row.image + _DIMMED * (255.0 - row.image)
-    return np.where(clear[..., None], row.image, faded).astype(np.uint8)
+    dark = _DIMMED * (row.image @ _LUMA)[..., None]
+    return np.where(clear[..., None], row.image, dark).astype(np.uint8)
 
 
 def _cells(pixels: int, count: int) -> npt.NDArray[np.int64]:
@@ -216,7 +217,7 @@ def tint_merged(row: SelectionRow) -> npt.NDArray[np.uint8]:
     gone = row.assign < 0
     height, width = row.image.shape[:2]
     pixel = _cells(height, row.grid[0])[:, None] * row.grid[1] + _cells(width, row.grid[1])
-    light = row.image.astype(np.float64) @ (0.299, 0.587, 0.114) / 255
+    light = row.image @ _LUMA / 255
     shade = 1 + _RELIEF * (light - light.mean())
     tinted = np.clip(255 * table[row.assign][pixel] * shade[..., None], 0, 255)
     tinted[gone[pixel]] = 255
