@@ -9,10 +9,13 @@ another backend's functions in front for as long as it is entered.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +126,7 @@ def _fake_select_merge(x, q_vis, k_vis, q_txt=None, k_txt=None, **options):  # t
     )
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "attention_saliency": _fake_attention_saliency,
     "consensus_select": _fake_consensus_select,
     "token_merge": _fake_token_merge,
@@ -262,16 +265,13 @@ def backends() -> dict[str, Backend]:
     found = {"reference": Backend(True, "plain torch, on every device", tuple(SCHEMAS))}
     found["cpu"] = Backend(
         not _kernels_missing,
-        _kernels_missing or f"C++ kernels, {_cpu_capability()}",
+        _kernels_missing or f"C++ kernels, {torch.ops.cdrop_info.cpu_capability()}",
         () if _kernels_missing else _CPU_OPS,
     )
     found["triton"] = Backend(False, "this version has no Triton kernels yet")
-    found["cuda"] = Backend(False, "this version has no CUDA C++ kernels yet")
+    missing = _kernels_missing or torch.ops.cdrop_info.cuda_missing()
+    found["cuda"] = Backend(False, missing or "this version has no CUDA C++ kernels yet")
     return {name: found[name] for name in NAMES}
-
-
-def _cpu_capability() -> str:
-    return torch.ops.cdrop_info.cpu_capability()
 
 
 def _refusing(op: str, backend: str, device: str) -> Callable:
@@ -311,8 +311,9 @@ def _override(name: str) -> torch.library.Library | None:
     if not backend:
         raise RuntimeError(f"backend {name!r} can't be used here: {backend.reason}")
     library = torch.library.Library("cdrop", "IMPL")
-    for op in SCHEMAS:
-        for key, device in (("CPU", "cpu"), ("CUDA", "cuda")):
+    with warnings.catch_warnings():  # torch warns of the override, which is the point
+        warnings.simplefilter("ignore", UserWarning)
+        for op, (key, device) in itertools.product(SCHEMAS, (("CPU", "cpu"), ("CUDA", "cuda"))):
             if name == "reference":
                 function = getattr(reference, op)
             elif name == device and op in backend.ops:

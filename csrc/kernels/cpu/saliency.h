@@ -1,0 +1,30 @@
+// attention_saliency as independent tasks, so that select_merge can run those of both its
+// saliencies side by side.
+#pragma once
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace cdrop::cpu {
+
+class SaliencyWork {
+ public:
+  explicit SaliencyWork(const SaliencyParams& params);
+
+  int64_t tasks() const { return params_.batch * params_.key_heads * parts_; }
+  int64_t scratch_floats() const { return attention_scratch(params_.keys, params_.width); }
+  // Each task leaves the sum over its rows; `combine` adds a sample's up in a fixed order.
+  void run(int64_t task, float* scratch) const;
+  void combine(int64_t sample, float* out) const;
+
+ private:
+  int64_t tokens() const { return params_.keys - params_.prefix; }
+
+  SaliencyParams params_;
+  int64_t group_;      // query heads of a key head
+  int64_t part_rows_;  // rows of a task
+  int64_t parts_;      // tasks of a key head
+  Buffer<float> partial_;
+};
+
+}  // namespace cdrop::cpu

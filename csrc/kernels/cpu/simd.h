@@ -1,0 +1,101 @@
+// The inner loops that are compiled once per instruction set, and their arguments.
+//
+// simd_kernels.cpp is built several times with different flags, so it must not instantiate
+// anything of the standard library that another file also uses: the linker would keep one copy, and
+// that one might need instructions this processor lacks. Plain pointers only.
+#pragma once
+
+#include "../params.h"
+
+namespace cdrop::cpu {
+
+// Rows of some query heads of one key head of one sample, against all its keys.
+struct AttentionTask {
+  const void* q;  // first head of the task, row 0
+  const void* k;  // the key head, key 0
+  DType dtype;
+  int64_t q_head_stride, q_row_stride, k_row_stride;
+  int64_t rows;                  // M, the rows of one head
+  int64_t row_begin, row_end;    // of the heads' rows one after another: head r / M, row r % M
+  int64_t keys, width, prefix;
+  float scale;
+  bool causal;
+  Reduce reduce;
+  const float* lse;  // of the first head, or null
+  int64_t lse_head_stride, lse_row_stride;
+  const uint8_t* key_valid;  // of key `valid_from` on, or null
+  int64_t valid_stride, valid_from;
+  const float* weight;  // of row 0, or null
+  int64_t weight_stride;
+  float* scratch;  // attention_scratch(keys, width) floats
+  float* out;      // [keys - prefix], written: the sum over the task's heads and rows
+};
+
+// The vectors that say which tokens of one sample are alike: the mean over heads of its rows.
+struct MetricRows {
+  const void* data;
+  DType dtype;
+  int64_t heads, head_stride, row_stride, width;
+};
+
+// The most similar of some slots, for some tokens of one sample.
+struct NearestTask {
+  MetricRows metric;
+  const float* slots;  // [width][padded]: unit vectors, transposed
+  const float* bias;   // [padded]: 0, or -inf past the last slot
+  int64_t padded;
+  const int32_t* joining;  // the tokens
+  int64_t count;
+  float threshold;  // tokens below it get -1
+  bool always;      // no threshold: where nothing compares (NaN), the first slot
+  float* scratch;   // kTokenBlock * width floats
+  int32_t* out;     // [count], number of the slot in the order of `slots`
+};
+
+// One slot of the merge.
+struct MergeTask {
+  const void* x;  // of the sample
+  DType dtype;
+  int64_t row_stride, width;
+  int64_t own;
+  float own_weight;
+  const int32_t* joined;  // ascending, weight > 0
+  int64_t count;
+  const float* weight;  // of the sample, or null: all 1
+  int64_t weight_stride;
+  float blend;
+  float* scratch;  // width floats
+  void* out;       // [width]
+};
+
+constexpr int64_t kTokenBlock = 4;     // tokens the nearest-slot kernel takes at once
+constexpr int64_t kSlotBlock = 64;     // slots are padded to a multiple
+constexpr int64_t kRowBlock = 8;       // query rows the attention kernel takes at once
+constexpr int64_t kScratchPad = 32;    // room past the last key for a whole vector
+
+inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+inline int64_t attention_scratch(int64_t keys, int64_t width) {
+  return kRowBlock * (padded(keys, kScratchPad) + kScratchPad) + kRowBlock * padded(width, 16) +
+         keys;
+}
+
+struct SimdKernels {
+  const char* name;
+  void (*attention)(const AttentionTask&);
+  // Unit vectors of `tokens`, transposed into `slots` [width][padded] (columns past `count` zero).
+  void (*slot_vectors)(const MetricRows&, const int32_t* tokens, int64_t count, float* slots,
+                       int64_t padded, float* scratch);
+  void (*nearest)(const NearestTask&);
+  void (*merge)(const MergeTask&);
+};
+
+extern const SimdKernels kBaselineKernels;
+#ifdef CDROP_X86
+extern const SimdKernels kAvx2Kernels;
+extern const SimdKernels kAvx512Kernels;
+#endif
+// The best this processor runs; CDROP_CPU_CAPABILITY=baseline|avx2|avx512 lowers it (for tests).
+const SimdKernels& simd();
+
+}  // namespace cdrop::cpu

@@ -1,0 +1,421 @@
+// The vector loops of the CPU kernels; compiled once per instruction set (CDROP_SIMD names which).
+// See simd.h for why nothing of the standard library is used here.
+#include "simd.h"
+
+#include <cstddef>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace cdrop::cpu {
+namespace {
+
+#include "vec.h"
+
+// --- attention ----------------------------------------------------------------------------------
+
+// s[r][j] = <q[r], k[j]> for kRows rows of `q` (padded with zeros to whole vectors) and all keys.
+// kLanes dot products at a time, so that one transposing reduction sums them all.
+template <typename T, int kRows>
+void dot_products(const AttentionTask& task, const float* q, int64_t q_stride, float* s,
+                  int64_t s_stride) {
+  constexpr int kKeys = kLanes / kRows;
+  const T* k = static_cast<const T*>(task.k);
+  const int64_t whole = task.width / kLanes * kLanes;
+  for (int64_t j = 0; j < task.keys; j += kKeys) {
+    const T* key[kKeys];
+    for (int n = 0; n < kKeys; ++n) {
+      const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
+      key[n] = k + at * task.k_row_stride;
+      __builtin_prefetch(key[n] + 4 * kKeys * task.k_row_stride);
+    }
+    Vec sum[kLanes] = {};
+    for (int64_t c = 0; c < whole; c += kLanes) {
+      Vec kv[kKeys];
+#pragma GCC unroll 16
+      for (int n = 0; n < kKeys; ++n) kv[n] = load(key[n] + c);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec qv = load(q + r * q_stride + c);
+#pragma GCC unroll 16
+        for (int n = 0; n < kKeys; ++n) sum[r * kKeys + n] += qv * kv[n];
+      }
+    }
+    if (whole < task.width) {
+      for (int n = 0; n < kKeys; ++n) {
+        const Vec kv = load_part(key[n] + whole, task.width - whole);
+        for (int r = 0; r < kRows; ++r) sum[r * kKeys + n] += load(q + r * q_stride + whole) * kv;
+      }
+    }
+    const Vec dots = lane_sums(sum);
+    for (int r = 0; r < kRows; ++r) {
+      __builtin_memcpy(s + r * s_stride + j,
+                       reinterpret_cast<const float*>(&dots) + r * kKeys, kKeys * sizeof(float));
+    }
+  }
+}
+
+struct Row {
+  int64_t head, row;
+  float weight;
+};
+
+// Keys the row may see: a prefix of them when causal, aligned at the bottom right.
+int64_t visible_keys(const AttentionTask& task, const Row& row) {
+  if (!task.causal) return task.keys;
+  const int64_t n = row.row + (task.keys - task.rows) + 1;
+  return n < 0 ? 0 : (n < task.keys ? n : task.keys);
+}
+
+bool key_is_valid(const AttentionTask& task, int64_t key) {
+  return task.key_valid == nullptr || key < task.valid_from ||
+         task.key_valid[(key - task.valid_from) * task.valid_stride] != 0;
+}
+
+// Scale the logits, -inf where the row does not look; the largest of them (NaN passed over).
+float mask_logits(const AttentionTask& task, const Row& row, float* s, int64_t s_size) {
+  const float kMinusInf = -__builtin_inff();
+  const int64_t seen = visible_keys(task, row);
+  const Vec scale = splat(task.scale);
+  for (int64_t j = 0; j < task.keys; j += kLanes) store(s + j, load(s + j) * scale);
+  for (int64_t j = seen; j < s_size; ++j) s[j] = kMinusInf;
+  if (task.key_valid != nullptr) {
+    for (int64_t j = task.valid_from; j < seen; ++j) {
+      if (!key_is_valid(task, j)) s[j] = kMinusInf;
+    }
+  }
+  Vec most = splat(kMinusInf);
+  for (int64_t j = 0; j < task.keys; j += kLanes) {
+    const Vec v = load(s + j);
+    most = choose(v > most, v, most);
+  }
+  float m = kMinusInf;
+  for (int l = 0; l < kLanes; ++l) m = most[l] > m ? most[l] : m;
+  return m;
+}
+
+bool any_nan(const float* s, int64_t count) {
+  int found = 0;
+  for (int64_t j = 0; j < count; ++j) found |= s[j] != s[j];
+  return found != 0;
+}
+
+// s[j] becomes e^(s[j] - shift); the sum of them.
+float exponentials(float* s, int64_t count, float shift) {
+  Vec total = {};
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vec e = exponential(load(s + j) - shift);
+    store(s + j, e);
+    total += e;
+  }
+  return sum_lanes(total);
+}
+
+// out[i] += factor * p[i], or out[i] = max(out[i], factor * p[i]) where NaN wins.
+void accumulate(float* out, const float* p, int64_t count, float factor, Reduce reduce) {
+  const int64_t whole = count / kLanes * kLanes;
+  if (reduce == Reduce::kMean) {
+    for (int64_t i = 0; i < whole; i += kLanes) store(out + i, load(out + i) + load(p + i) * factor);
+    for (int64_t i = whole; i < count; ++i) out[i] += p[i] * factor;
+    return;
+  }
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Vec v = load(p + i) * factor, old = load(out + i);
+    store(out + i, choose((v > old) | (v != v), v, old));
+  }
+  for (int64_t i = whole; i < count; ++i) {
+    const float v = p[i] * factor;
+    if (v > out[i] || v != v) out[i] = v;
+  }
+}
+
+// Probabilities of a row that is NaN throughout: NaN where it looks, 0 where it does not.
+void nan_row(const AttentionTask& task, const Row& row, float* p) {
+  const int64_t seen = visible_keys(task, row);
+  for (int64_t j = 0; j < task.keys; ++j) {
+    p[j] = j < seen && key_is_valid(task, j) ? __builtin_nanf("") : 0.0f;
+  }
+}
+
+// Turn one row's dot products into probabilities and add them to `out` [keys - prefix].
+void add_row(const AttentionTask& task, const Row& row, float* s, int64_t s_size, float* out) {
+  float shift = mask_logits(task, row, s, s_size);
+  float factor = task.reduce == Reduce::kMean ? row.weight : 1.0f;
+  if (task.lse != nullptr) {
+    shift = task.lse[row.head * task.lse_head_stride + row.row * task.lse_row_stride];
+  }
+  const bool unbounded = shift == __builtin_inff() || shift == -__builtin_inff();
+  if (unbounded && (task.lse != nullptr || !any_nan(s, task.keys))) return;
+  const float total = unbounded ? __builtin_nanf("") : exponentials(s, task.keys, shift);
+  if (task.lse == nullptr) factor /= total;
+  if (shift != shift || factor != factor) nan_row(task, row, s), factor = 1.0f;
+  accumulate(out, s + task.prefix, task.keys - task.prefix, factor, task.reduce);
+}
+
+template <typename T>
+void load_query(const AttentionTask& task, const Row& row, float* q, int64_t stride) {
+  const T* from = static_cast<const T*>(task.q) + row.head * task.q_head_stride +
+                  row.row * task.q_row_stride;
+  int64_t c = 0;
+  for (; c + kLanes <= task.width; c += kLanes) store(q + c, load(from + c));
+  for (; c < task.width; ++c) q[c] = to_float(from[c]);
+  for (; c < stride; ++c) q[c] = 0.0f;
+}
+
+template <typename T>
+void block_products(const AttentionTask& task, int64_t rows, const float* q, int64_t q_stride,
+                    float* s, int64_t s_stride) {
+  if (rows == 1) return dot_products<T, 1>(task, q, q_stride, s, s_stride);
+  if (rows == 2) return dot_products<T, 2>(task, q, q_stride, s, s_stride);
+  if (rows <= 4) return dot_products<T, 4>(task, q, q_stride, s, s_stride);
+  if constexpr (kLanes >= 8) {
+    dot_products<T, 8>(task, q, q_stride, s, s_stride);
+  } else {
+    dot_products<T, 4>(task, q, q_stride, s, s_stride);
+    dot_products<T, 4>(task, q + 4 * q_stride, q_stride, s + 4 * s_stride, s_stride);
+  }
+}
+
+// The next rows of weight > 0, at most kRowBlock of them.
+int64_t next_rows(const AttentionTask& task, int64_t* at, Row* rows) {
+  int64_t n = 0;
+  for (; *at < task.row_end && n < kRowBlock; ++*at) {
+    const Row row{*at / task.rows, *at % task.rows,
+                  task.weight ? task.weight[(*at % task.rows) * task.weight_stride] : 1.0f};
+    if (row.weight > 0.0f) rows[n++] = row;
+  }
+  return n;
+}
+
+template <typename T>
+void attention_rows(const AttentionTask& task) {
+  const int64_t s_stride = padded(task.keys, kScratchPad) + kScratchPad;
+  const int64_t q_stride = padded(task.width, 16);
+  const int64_t count = task.keys - task.prefix;
+  float* s = task.scratch;
+  float* q = s + kRowBlock * s_stride;
+  float* most = q + kRowBlock * q_stride;  // max over the rows of one head
+  const bool by_max = task.reduce == Reduce::kMax;
+  for (int64_t i = 0; i < count; ++i) task.out[i] = 0.0f;
+  int64_t head = -1;
+  Row rows[kRowBlock];
+  for (int64_t at = task.row_begin;;) {
+    const int64_t n = next_rows(task, &at, rows);
+    for (int64_t r = 0; r < n; ++r) load_query<T>(task, rows[r], q + r * q_stride, q_stride);
+    // Rows past n are computed on old values and not read.
+    if (n > 0) block_products<T>(task, n, q, q_stride, s, s_stride);
+    for (int64_t r = 0; r < n; ++r) {
+      if (by_max && rows[r].head != head) {
+        if (head >= 0) accumulate(task.out, most, count, 1.0f, Reduce::kMean);
+        for (int64_t i = 0; i < count; ++i) most[i] = 0.0f;
+        head = rows[r].head;
+      }
+      add_row(task, rows[r], s + r * s_stride, s_stride, by_max ? most : task.out);
+    }
+    if (n == 0 || at >= task.row_end) break;
+  }
+  if (head >= 0) accumulate(task.out, most, count, 1.0f, Reduce::kMean);
+}
+
+void attention(const AttentionTask& task) {
+  switch (task.dtype) {
+    case DType::kFloat32: return attention_rows<float>(task);
+    case DType::kFloat16: return attention_rows<Half>(task);
+    case DType::kBFloat16: return attention_rows<BFloat16>(task);
+  }
+}
+
+// --- nearest slot -------------------------------------------------------------------------------
+
+// The metric vector of one token: the mean over heads of its rows.
+template <typename T>
+void metric_vector(const MetricRows& metric, int64_t token, float* out) {
+  const T* row = static_cast<const T*>(metric.data) + token * metric.row_stride;
+  const float share = 1.0f / static_cast<float>(metric.heads);
+  const int64_t whole = metric.width / kLanes * kLanes;
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    Vec total = load(row + c);
+    for (int64_t h = 1; h < metric.heads; ++h) total += load(row + h * metric.head_stride + c);
+    store(out + c, total * share);
+  }
+  for (int64_t c = whole; c < metric.width; ++c) {
+    float total = to_float(row[c]);
+    for (int64_t h = 1; h < metric.heads; ++h) total += to_float(row[h * metric.head_stride + c]);
+    out[c] = total * share;
+  }
+}
+
+void metric_vector(const MetricRows& metric, int64_t token, float* out) {
+  switch (metric.dtype) {
+    case DType::kFloat32: return metric_vector<float>(metric, token, out);
+    case DType::kFloat16: return metric_vector<Half>(metric, token, out);
+    case DType::kBFloat16: return metric_vector<BFloat16>(metric, token, out);
+  }
+}
+
+// Euclidean length, at least 1e-12 so that a zero vector has cosine 0 with everything.
+float norm(const float* v, int64_t width) {
+  Vec squares = {};
+  const int64_t whole = width / kLanes * kLanes;
+  for (int64_t c = 0; c < whole; c += kLanes) squares += load(v + c) * load(v + c);
+  float total = sum_lanes(squares);
+  for (int64_t c = whole; c < width; ++c) total += v[c] * v[c];
+  const float length = __builtin_sqrtf(total);
+  return length < 1e-12f ? 1e-12f : length;
+}
+
+void slot_vectors(const MetricRows& metric, const int32_t* tokens, int64_t count, float* slots,
+                  int64_t padded, float* scratch) {
+  for (int64_t i = 0; i < metric.width * padded; ++i) slots[i] = 0.0f;
+  for (int64_t s = 0; s < count; ++s) {
+    metric_vector(metric, tokens[s], scratch);
+    const float length = norm(scratch, metric.width);
+    for (int64_t c = 0; c < metric.width; ++c) slots[c * padded + s] = scratch[c] / length;
+  }
+}
+
+struct Best {
+  Vec value[kTokenBlock];
+  VecI slot[kTokenBlock];
+};
+
+// Four tokens against kTiles vectors of slots from `first` on, keeping the best of each lane.
+template <int kTiles>
+void compare(const NearestTask& task, const float* tokens, int64_t first, Best* best) {
+  const int64_t width = task.metric.width;
+  Vec dot[kTokenBlock][kTiles] = {};
+  const float* slots = task.slots + first;
+  for (int64_t c = 0; c < width; ++c) {
+    Vec slot[kTiles];
+#pragma GCC unroll 8
+    for (int v = 0; v < kTiles; ++v) slot[v] = load(slots + c * task.padded + v * kLanes);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokenBlock; ++t) {
+      const Vec token = splat(tokens[t * width + c]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kTiles; ++v) dot[t][v] += token * slot[v];
+    }
+  }
+  VecI lane;
+  for (int l = 0; l < kLanes; ++l) lane[l] = l;
+  for (int v = 0; v < kTiles; ++v) {
+    const Vec bias = load(task.bias + first + v * kLanes);
+    const VecI number = lane + static_cast<int32_t>(first + v * kLanes);
+    for (int t = 0; t < kTokenBlock; ++t) {
+      const Vec value = dot[t][v] + bias;
+      const VecI better = value > best->value[t];
+      best->value[t] = choose(better, value, best->value[t]);
+      best->slot[t] = choose(better, number, best->slot[t]);
+    }
+  }
+}
+
+void nearest(const NearestTask& task) {
+  constexpr int kTiles = kLanes == 16 ? 4 : 2;  // what the registers hold
+  const int64_t width = task.metric.width;
+  for (int64_t i = 0; i < task.count; i += kTokenBlock) {
+    const int64_t here = task.count - i < kTokenBlock ? task.count - i : kTokenBlock;
+    for (int64_t t = 0; t < kTokenBlock; ++t) {
+      metric_vector(task.metric, task.joining[i + (t < here ? t : 0)], task.scratch + t * width);
+    }
+    Best best;
+    for (int t = 0; t < kTokenBlock; ++t) {
+      best.value[t] = splat(-__builtin_inff());
+      best.slot[t] = VecI{} - 1;
+    }
+    for (int64_t first = 0; first < task.padded; first += kTiles * kLanes) {
+      compare<kTiles>(task, task.scratch, first, &best);
+    }
+    for (int64_t t = 0; t < here; ++t) {
+      float value = -__builtin_inff();
+      int32_t slot = -1;
+      for (int l = 0; l < kLanes; ++l) {
+        const float v = best.value[t][l];
+        const int32_t number = best.slot[t][l];
+        if (v > value || (v == value && number < slot)) value = v, slot = number;
+      }
+      if (task.always) {
+        slot = slot < 0 ? 0 : slot;
+      } else if (slot >= 0) {
+        const float cosine = value / norm(task.scratch + t * width, width);
+        if (!((cosine < -1.0f ? -1.0f : cosine > 1.0f ? 1.0f : cosine) >= task.threshold)) slot = -1;
+      }
+      task.out[i + t] = slot;
+    }
+  }
+}
+
+// --- merge --------------------------------------------------------------------------------------
+
+// acc (+)= sum_n factor[n] x[row[n]] for kRows rows in one sweep.
+template <typename T, int kRows, bool kFirst>
+void add_rows(float* acc, const T* const* row, const float* factor, int64_t width) {
+  const int64_t whole = width / kLanes * kLanes;
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    Vec total = kFirst ? Vec{} : load(acc + c);
+#pragma GCC unroll 4
+    for (int n = 0; n < kRows; ++n) total += load(row[n] + c) * factor[n];
+    store(acc + c, total);
+  }
+  for (int64_t c = whole; c < width; ++c) {
+    float total = kFirst ? 0.0f : acc[c];
+    for (int n = 0; n < kRows; ++n) total += to_float(row[n][c]) * factor[n];
+    acc[c] = total;
+  }
+}
+
+template <typename T>
+void merge_slot(const MergeTask& task) {
+  const T* x = static_cast<const T*>(task.x);
+  T* out = static_cast<T*>(task.out);
+  const T* own = x + task.own * task.row_stride;
+  if (task.count == 0 || task.blend == 0.0f) {  // as it is, to the bit
+    __builtin_memcpy(out, own, static_cast<size_t>(task.width) * sizeof(T));
+    return;
+  }
+  float total = task.own_weight;
+  const T* row[4] = {own};
+  float factor[4] = {task.own_weight};
+  int held = task.own_weight > 0.0f ? 1 : 0;  // a weight of 0 takes no part, not even as 0 * NaN
+  bool first = true;
+  for (int64_t n = 0; n < task.count; ++n) {
+    const int64_t token = task.joined[n];
+    const float w = task.weight ? task.weight[token * task.weight_stride] : 1.0f;
+    row[held] = x + token * task.row_stride;
+    factor[held++] = task.blend * w;
+    total += task.blend * w;
+    if (held == 4) {
+      first ? add_rows<T, 4, true>(task.scratch, row, factor, task.width)
+            : add_rows<T, 4, false>(task.scratch, row, factor, task.width);
+      first = false, held = 0;
+    }
+  }
+  if (first) {
+    for (int64_t c = 0; c < task.width; ++c) task.scratch[c] = 0.0f;
+  }
+  if (held == 1) add_rows<T, 1, false>(task.scratch, row, factor, task.width);
+  if (held == 2) add_rows<T, 2, false>(task.scratch, row, factor, task.width);
+  if (held == 3) add_rows<T, 3, false>(task.scratch, row, factor, task.width);
+  int64_t c = 0;
+  for (; c + kLanes <= task.width; c += kLanes) store(out + c, load(task.scratch + c) / total);
+  for (; c < task.width; ++c) from_float(task.scratch[c] / total, out + c);
+}
+
+void merge(const MergeTask& task) {
+  switch (task.dtype) {
+    case DType::kFloat32: return merge_slot<float>(task);
+    case DType::kFloat16: return merge_slot<Half>(task);
+    case DType::kBFloat16: return merge_slot<BFloat16>(task);
+  }
+}
+
+}  // namespace
+
+#define CDROP_STRING_(name) #name
+#define CDROP_STRING(name) CDROP_STRING_(name)
+extern const SimdKernels CDROP_SIMD_TABLE;
+const SimdKernels CDROP_SIMD_TABLE = {CDROP_STRING(CDROP_SIMD), attention, slot_vectors, nearest,
+                                      merge};
+
+}  // namespace cdrop::cpu

@@ -1,0 +1,73 @@
+// What the kernels of every device take: raw pointers, sizes and strides (in elements). No torch.
+#pragma once
+
+#include <cstdint>
+
+namespace cdrop {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+enum class Reduce : int32_t { kMean, kMax };
+enum class Fusion : int32_t { kRank, kRrf, kSum, kZscore, kProduct, kMax };
+
+// A strided view of up to three leading dimensions over rows whose elements are adjacent.
+struct Rows {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride[3] = {0, 0, 0};  // [B, H, row] for queries and keys; [B, row, unused] for tokens
+};
+
+// A small two-dimensional input, absent when `data` is null.
+template <typename T>
+struct Matrix {
+  const T* data = nullptr;
+  int64_t stride[2] = {0, 0};
+  explicit operator bool() const { return data != nullptr; }
+  const T& at(int64_t i, int64_t j) const { return data[i * stride[0] + j * stride[1]]; }
+};
+
+// attention_saliency: q [B, Hq, M, d], k [B, Hk, P+N, d].
+struct SaliencyParams {
+  Rows q, k;
+  int64_t batch = 0, query_heads = 0, key_heads = 0, rows = 0, keys = 0, width = 0;
+  int64_t prefix = 0;
+  float scale = 1.0f;
+  bool causal = false;
+  Reduce reduce = Reduce::kMean;
+  const float* lse = nullptr;  // [B, Hq, M], absent when null
+  int64_t lse_stride[3] = {0, 0, 0};
+  Matrix<uint8_t> key_valid;  // [B, P+N - valid_from]: keys before `valid_from` are all valid
+  int64_t valid_from = 0;
+  Matrix<float> query_weight;  // [B, M]
+};
+
+// consensus_select: visual, textual [B, N] -> index [B, K], score [B, N] (both contiguous).
+struct SelectParams {
+  Matrix<float> visual, textual;
+  int64_t batch = 0, tokens = 0, keep = 0;
+  float visual_share = 0.5f, textual_share = 0.5f;  // 1 - alpha and alpha
+  Fusion fusion = Fusion::kRank;
+  Matrix<uint8_t> valid;
+  Matrix<float> priority;
+  int64_t priority_keep = 0;
+  int64_t* index = nullptr;
+  float* score = nullptr;  // not wanted when null
+};
+
+// token_merge: x [B, N, D], index [B, K] -> tokens [B, K+C, D], assign [B, N], size [B, K+C].
+struct MergeParams {
+  Rows x;
+  Rows metric;                 // [B, (heads,) N, F]; its stride[1] is that of the heads
+  int64_t metric_heads = 1;    // the metric is the mean over them
+  int64_t metric_width = 0;
+  int64_t batch = 0, tokens = 0, width = 0, keep = 0, contextual = 0;
+  Matrix<float> weight;
+  Matrix<uint8_t> valid;
+  float threshold = -1.0f, blend = 1.0f;
+  Matrix<int64_t> index;
+  void* out_tokens = nullptr;
+  int64_t* out_index = nullptr;  // [B, K+C], the own token of each slot; not wanted when null
+  int64_t* out_assign = nullptr;
+  float* out_size = nullptr;
+};
+
+}  // namespace cdrop
