@@ -9,7 +9,7 @@ SaliencyWork::SaliencyWork(const SaliencyParams& params)
   // Split a key head's rows where heads alone would not fill a machine. By shape only, never by the
   // number of threads: that keeps the result the same to the bit. A maximum is over the rows of one
   // head, so there a part is whole heads.
-  const int64_t unit = params.reduce == Reduce::kMax ? params.rows : kRowBlock;
+  const int64_t unit = params.reduce == Reduce::kMax ? params.rows : kMaxRowBlock;
   const int64_t units = (group_ * params.rows + unit - 1) / unit;
   const int64_t heads = std::max<int64_t>(1, params.batch * params.key_heads);
   const int64_t wanted = std::clamp<int64_t>(64 / heads, 1, 8);

@@ -70,14 +70,18 @@ struct MergeTask {
 
 constexpr int64_t kTokenBlock = 4;     // tokens the nearest-slot kernel takes at once
 constexpr int64_t kSlotBlock = 64;     // slots are padded to a multiple
-constexpr int64_t kRowBlock = 8;       // query rows the attention kernel takes at once
+constexpr int64_t kMaxLanes = 16;      // floats of the widest vector
+constexpr int64_t kMaxRowBlock = 8;    // query rows the attention kernel takes at once, at most
 constexpr int64_t kScratchPad = 32;    // room past the last key for a whole vector
 
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// A row of `width` elements in units of `per`, an even number of them.
+inline int64_t row_units(int64_t width, int64_t per) { return padded((width + per - 1) / per, 2); }
+
 inline int64_t attention_scratch(int64_t keys, int64_t width) {
-  return kRowBlock * (padded(keys, kScratchPad) + kScratchPad) + kRowBlock * padded(width, 16) +
-         keys;
+  const int64_t logits = kMaxRowBlock * (padded(keys, kScratchPad) + kScratchPad);
+  return logits + (kMaxRowBlock + kMaxLanes) * padded(width, kScratchPad) + keys;
 }
 
 struct SimdKernels {
@@ -94,8 +98,9 @@ extern const SimdKernels kBaselineKernels;
 #ifdef CDROP_X86
 extern const SimdKernels kAvx2Kernels;
 extern const SimdKernels kAvx512Kernels;
+extern const SimdKernels kAvx512Bf16Kernels;
 #endif
-// The best this processor runs; CDROP_CPU_CAPABILITY=baseline|avx2|avx512 lowers it (for tests).
+// The best this processor runs; CDROP_CPU_CAPABILITY lowers it (for tests).
 const SimdKernels& simd();
 
 }  // namespace cdrop::cpu

@@ -15,44 +15,111 @@ namespace {
 
 // --- attention ----------------------------------------------------------------------------------
 
-// s[r][j] = <q[r], k[j]> for kRows rows of `q` (padded with zeros to whole vectors) and all keys.
-// kLanes dot products at a time, so that one transposing reduction sums them all.
-template <typename T, int kRows>
-void dot_products(const AttentionTask& task, const float* q, int64_t q_stride, float* s,
-                  int64_t s_stride) {
-  constexpr int kKeys = kLanes / kRows;
+constexpr int kRowBlock = kLanes / 2;  // query rows taken at once
+static_assert(kRowBlock <= kMaxRowBlock);
+
+// s[j] = <q, k[j]> for one row and all keys. kLanes dot products at a time, so that one transposing
+// reduction sums them all. `q` is padded with zeros to whole vectors.
+template <typename T>
+void one_row_products(const AttentionTask& task, const float* q, float* s) {
   const T* k = static_cast<const T*>(task.k);
   const int64_t whole = task.width / kLanes * kLanes;
-  for (int64_t j = 0; j < task.keys; j += kKeys) {
-    const T* key[kKeys];
-    for (int n = 0; n < kKeys; ++n) {
+  for (int64_t j = 0; j < task.keys; j += kLanes) {
+    Vec sum[kLanes] = {};
+    for (int n = 0; n < kLanes; ++n) {
       const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
-      key[n] = k + at * task.k_row_stride;
-      __builtin_prefetch(key[n] + 4 * kKeys * task.k_row_stride);
+      const T* key = k + at * task.k_row_stride;
+      __builtin_prefetch(key + kLanes * task.k_row_stride);
+      for (int64_t c = 0; c < whole; c += kLanes) sum[n] += load(key + c) * load(q + c);
+      if (whole < task.width) sum[n] += load_part(key + whole, task.width - whole) * load(q + whole);
+    }
+    store(s + j, lane_sums(sum));
+  }
+}
+
+// How a block of rows is multiplied: in units of 32 bits, one float or (where the processor
+// multiplies them) two bfloat16. `kPer` elements make a unit.
+struct FloatUnit {
+  static constexpr int kPer = 1;
+  static CDROP_INLINE_MEMBER Vec multiply_add(Vec sum, Vec q, Vec k) { return sum + q * k; }
+};
+template <typename T>
+struct UnitOf {
+  using type = FloatUnit;
+};
+#if defined(__AVX512BF16__)
+struct BFloat16Pair {
+  static constexpr int kPer = 2;
+  static CDROP_INLINE_MEMBER Vec multiply_add(Vec sum, Vec q, Vec k) {
+    return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                  reinterpret_cast<__m512bh>(q),
+                                                  reinterpret_cast<__m512bh>(k)));
+  }
+};
+template <>
+struct UnitOf<BFloat16> {
+  using type = BFloat16Pair;
+};
+#endif
+
+// Copy one row into units, with zeros up to `units` of them.
+template <typename T>
+CDROP_INLINE void stage_row(const T* from, int64_t width, float* to, int64_t units) {
+  constexpr int kPer = UnitOf<T>::type::kPer;
+  if constexpr (kPer == 1) {
+    const int64_t whole = width / kLanes * kLanes;
+    for (int64_t c = 0; c < whole; c += kLanes) store(to + c, load(from + c));
+    for (int64_t c = whole; c < width; ++c) to[c] = to_float(from[c]);
+    for (int64_t c = width; c < units; ++c) to[c] = 0.0f;
+  } else {
+    __builtin_memcpy(to, from, static_cast<size_t>(width) * sizeof(T));
+    __builtin_memset(reinterpret_cast<T*>(to) + width, 0,
+                     static_cast<size_t>(units * kPer - width) * sizeof(T));
+  }
+}
+
+// s[r][j] = <q[r], k[j]> for kRowBlock rows and all keys, kLanes keys at a time. `q` holds the rows
+// side by side: lane 2 r + e of vector c is unit 2 c + e of row r. A pair of a key's units is then
+// one 64-bit broadcast, and every lane of every product is needed.
+template <typename T>
+void block_products(const AttentionTask& task, const float* q, float* s, int64_t s_stride,
+                    float* tile) {
+  using Unit = typename UnitOf<T>::type;
+  typedef double Pairs __attribute__((vector_size(kLanes * 4)));
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* k = static_cast<const T*>(task.k);
+  const int64_t units = row_units(task.width, Unit::kPer);
+  for (int64_t j = 0; j < task.keys; j += kLanes) {
+    for (int n = 0; n < kLanes; ++n) {
+      const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
+      const T* key = k + at * task.k_row_stride;
+      const T* ahead = key + kLanes * task.k_row_stride;
+      for (int64_t c = 0; c < task.width; c += kLine) __builtin_prefetch(ahead + c);
+      stage_row(key, task.width, tile + n * units, units);
     }
     Vec sum[kLanes] = {};
-    for (int64_t c = 0; c < whole; c += kLanes) {
-      Vec kv[kKeys];
+    for (int64_t c = 0; c < units; c += 2) {
+      const Vec rows = load(q + c * kRowBlock);
 #pragma GCC unroll 16
-      for (int n = 0; n < kKeys; ++n) kv[n] = load(key[n] + c);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec qv = load(q + r * q_stride + c);
-#pragma GCC unroll 16
-        for (int n = 0; n < kKeys; ++n) sum[r * kKeys + n] += qv * kv[n];
+      for (int n = 0; n < kLanes; ++n) {
+        double pair;
+        __builtin_memcpy(&pair, tile + n * units + c, sizeof(pair));
+        sum[n] = Unit::multiply_add(sum[n], rows, reinterpret_cast<Vec>(pair - Pairs{}));
       }
     }
-    if (whole < task.width) {
-      for (int n = 0; n < kKeys; ++n) {
-        const Vec kv = load_part(key[n] + whole, task.width - whole);
-        for (int r = 0; r < kRows; ++r) sum[r * kKeys + n] += load(q + r * q_stride + whole) * kv;
+    // Lane 2 r + e of sum[n]: add up e, then bring each row's keys together.
+    Vec t[kRowBlock];
+    for (int n = 0; n < kRowBlock; ++n) t[n] = pair_sums<1>(sum[2 * n], sum[2 * n + 1]);
+    for (int n = 0; n < kRowBlock; n += 2) exchange<2>(&t[n], &t[n + 1]);
+    if constexpr (kRowBlock >= 4) {
+      for (int n = 0; n < kRowBlock; ++n) {
+        if (!(n & 2)) exchange<4>(&t[n], &t[n + 2]);
       }
     }
-    const Vec dots = lane_sums(sum);
-    for (int r = 0; r < kRows; ++r) {
-      __builtin_memcpy(s + r * s_stride + j,
-                       reinterpret_cast<const float*>(&dots) + r * kKeys, kKeys * sizeof(float));
+    if constexpr (kRowBlock >= 8) {
+      for (int n = 0; n < 4; ++n) exchange<8>(&t[n], &t[n + 4]);
     }
+    for (int r = 0; r < kRowBlock; ++r) store(s + r * s_stride + j, t[r]);
   }
 }
 
@@ -154,27 +221,33 @@ void add_row(const AttentionTask& task, const Row& row, float* s, int64_t s_size
 }
 
 template <typename T>
-void load_query(const AttentionTask& task, const Row& row, float* q, int64_t stride) {
-  const T* from = static_cast<const T*>(task.q) + row.head * task.q_head_stride +
-                  row.row * task.q_row_stride;
-  int64_t c = 0;
-  for (; c + kLanes <= task.width; c += kLanes) store(q + c, load(from + c));
-  for (; c < task.width; ++c) q[c] = to_float(from[c]);
-  for (; c < stride; ++c) q[c] = 0.0f;
+const T* query(const AttentionTask& task, const Row& row) {
+  return static_cast<const T*>(task.q) + row.head * task.q_head_stride +
+         row.row * task.q_row_stride;
 }
 
+// Dot products of up to kRowBlock rows with all keys; `q` and `tile` are scratch.
 template <typename T>
-void block_products(const AttentionTask& task, int64_t rows, const float* q, int64_t q_stride,
-                    float* s, int64_t s_stride) {
-  if (rows == 1) return dot_products<T, 1>(task, q, q_stride, s, s_stride);
-  if (rows == 2) return dot_products<T, 2>(task, q, q_stride, s, s_stride);
-  if (rows <= 4) return dot_products<T, 4>(task, q, q_stride, s, s_stride);
-  if constexpr (kLanes >= 8) {
-    dot_products<T, 8>(task, q, q_stride, s, s_stride);
-  } else {
-    dot_products<T, 4>(task, q, q_stride, s, s_stride);
-    dot_products<T, 4>(task, q + 4 * q_stride, q_stride, s + 4 * s_stride, s_stride);
+void products(const AttentionTask& task, const Row* rows, int64_t count, float* q, float* tile,
+              float* s, int64_t s_stride) {
+  if (count <= kRowBlock / 4 || count == 1) {
+    const int64_t size = padded(task.width, kLanes);
+    for (int64_t r = 0; r < count; ++r) {
+      const T* row = query<T>(task, rows[r]);
+      for (int64_t c = 0; c < size; ++c) q[c] = c < task.width ? to_float(row[c]) : 0.0f;
+      one_row_products<T>(task, q, s + r * s_stride);
+    }
+    return;
   }
+  const int64_t units = row_units(task.width, UnitOf<T>::type::kPer);
+  for (int64_t r = 0; r < kRowBlock; ++r) {
+    stage_row(query<T>(task, rows[r < count ? r : 0]), task.width, tile, units);
+    for (int64_t c = 0; c < units; c += 2) {
+      q[c * kRowBlock + 2 * r] = tile[c];
+      q[c * kRowBlock + 2 * r + 1] = tile[c + 1];
+    }
+  }
+  block_products<T>(task, q, s, s_stride, tile);
 }
 
 // The next rows of weight > 0, at most kRowBlock of them.
@@ -191,20 +264,18 @@ int64_t next_rows(const AttentionTask& task, int64_t* at, Row* rows) {
 template <typename T>
 void attention_rows(const AttentionTask& task) {
   const int64_t s_stride = padded(task.keys, kScratchPad) + kScratchPad;
-  const int64_t q_stride = padded(task.width, 16);
   const int64_t count = task.keys - task.prefix;
   float* s = task.scratch;
-  float* q = s + kRowBlock * s_stride;
-  float* most = q + kRowBlock * q_stride;  // max over the rows of one head
+  float* q = s + kMaxRowBlock * s_stride;
+  float* tile = q + kMaxRowBlock * padded(task.width, kScratchPad);
+  float* most = tile + kMaxLanes * padded(task.width, kScratchPad);  // over the rows of one head
   const bool by_max = task.reduce == Reduce::kMax;
   for (int64_t i = 0; i < count; ++i) task.out[i] = 0.0f;
   int64_t head = -1;
   Row rows[kRowBlock];
   for (int64_t at = task.row_begin;;) {
     const int64_t n = next_rows(task, &at, rows);
-    for (int64_t r = 0; r < n; ++r) load_query<T>(task, rows[r], q + r * q_stride, q_stride);
-    // Rows past n are computed on old values and not read.
-    if (n > 0) block_products<T>(task, n, q, q_stride, s, s_stride);
+    if (n > 0) products<T>(task, rows, n, q, tile, s, s_stride);
     for (int64_t r = 0; r < n; ++r) {
       if (by_max && rows[r].head != head) {
         if (head >= 0) accumulate(task.out, most, count, 1.0f, Reduce::kMean);

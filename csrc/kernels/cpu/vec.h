@@ -22,9 +22,11 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-#define CDROP_INLINE static inline __attribute__((always_inline))
+#define CDROP_INLINE_MEMBER inline __attribute__((always_inline))
+#define CDROP_INLINE static CDROP_INLINE_MEMBER
 
-CDROP_INLINE Vec splat(float v) { return Vec{} + v; }
+// v - 0 is v to the bit, so nothing but the broadcast remains; 0 + v is not (-0).
+CDROP_INLINE Vec splat(float v) { return v - Vec{}; }
 CDROP_INLINE Vec as_float(VecI v) { return reinterpret_cast<Vec>(v); }
 CDROP_INLINE VecI as_int(Vec v) { return reinterpret_cast<VecI>(v); }
 CDROP_INLINE Vec choose(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }
@@ -119,32 +121,45 @@ CDROP_INLINE Vec load_part(const T* p, int64_t count) {
   return load(part);
 }
 
-template <int kWidth>
-CDROP_INLINE Vec shuffle_pair(Vec a, Vec b) {
-  // r[l] = a[l] + a[l^w] where bit w of l is 0, b[l^w] + b[l] where it is 1.
+// Exchange between two vectors, as in one step of a transposition: lanes whose bit `kBit` is 0 stay
+// in `*a`, lanes whose bit is 1 stay in `*b`, the others change places.
+template <int kBit>
+CDROP_INLINE void exchange(Vec* a, Vec* b) {
 #if defined(__clang__)  // has no __builtin_shuffle, but makes shuffles of this loop
-  Vec r;
-  for (int l = 0; l < kLanes; ++l) r[l] = (l & kWidth) ? b[l ^ kWidth] + b[l] : a[l] + a[l ^ kWidth];
-  return r;
-#else
-  VecI low, high;
+  Vec low, high;
   for (int l = 0; l < kLanes; ++l) {
-    low[l] = (l & kWidth) ? kLanes + (l ^ kWidth) : l;
-    high[l] = (l & kWidth) ? kLanes + l : (l ^ kWidth);
+    low[l] = (l & kBit) ? (*b)[l ^ kBit] : (*a)[l];
+    high[l] = (l & kBit) ? (*b)[l] : (*a)[l ^ kBit];
   }
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+#else
+  VecI of_low, of_high;
+  for (int l = 0; l < kLanes; ++l) {
+    of_low[l] = (l & kBit) ? kLanes + (l ^ kBit) : l;
+    of_high[l] = (l & kBit) ? kLanes + l : (l ^ kBit);
+  }
+  const Vec low = __builtin_shuffle(*a, *b, of_low);
+  const Vec high = __builtin_shuffle(*a, *b, of_high);
 #endif
+  *a = low;
+  *b = high;
+}
+
+// Sums of neighbours at distance `kBit`: those of `a` where bit `kBit` of the lane is 0, else of b.
+template <int kBit>
+CDROP_INLINE Vec pair_sums(Vec a, Vec b) {
+  exchange<kBit>(&a, &b);
+  return a + b;
 }
 
 // Lane l of the result is the sum over the lanes of v[l].
 CDROP_INLINE Vec lane_sums(const Vec (&v)[kLanes]) {
   Vec t[kLanes];
-  for (int i = 0; i < kLanes / 2; ++i) t[i] = shuffle_pair<1>(v[2 * i], v[2 * i + 1]);
-  for (int i = 0; i < kLanes / 4; ++i) t[i] = shuffle_pair<2>(t[2 * i], t[2 * i + 1]);
+  for (int i = 0; i < kLanes / 2; ++i) t[i] = pair_sums<1>(v[2 * i], v[2 * i + 1]);
+  for (int i = 0; i < kLanes / 4; ++i) t[i] = pair_sums<2>(t[2 * i], t[2 * i + 1]);
   if constexpr (kLanes >= 8) {
-    for (int i = 0; i < kLanes / 8; ++i) t[i] = shuffle_pair<4>(t[2 * i], t[2 * i + 1]);
+    for (int i = 0; i < kLanes / 8; ++i) t[i] = pair_sums<4>(t[2 * i], t[2 * i + 1]);
   }
-  if constexpr (kLanes >= 16) t[0] = shuffle_pair<8>(t[0], t[1]);
+  if constexpr (kLanes >= 16) t[0] = pair_sums<8>(t[0], t[1]);
   return t[0];
 }
 
