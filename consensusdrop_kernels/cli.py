@@ -317,7 +317,7 @@ def _info(args: argparse.Namespace) -> int:
         print(f"  {name:<14}{state}{': ' if backend.reason else ''}{backend.reason}")
     print("build")
     for name, value in _build_info().items():
-        print(f"  {name:<14}{value}")
+        print(f"  {name:<20}{value}")
     return 0
 
 

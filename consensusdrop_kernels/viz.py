@@ -22,6 +22,7 @@ _PANELS = (
     ("merged", "colour: the kept token joined"),
 )
 _SIGNAL_MAP = "magma"
+_SIGNAL_GAMMA = 0.5  # attention is peaked: the square root shows its lower half too
 _CONSENSUS_MAP = "viridis"
 _KEPT_EDGE = "black"
 _OWN_EDGE = "#ff3b30"
@@ -153,23 +154,28 @@ def _draw_image(axes: Axes, row: SelectionRow) -> None:
 
 
 def _draw_visual(axes: Axes, row: SelectionRow) -> None:
-    _draw_score(axes, row, row.visual, _SIGNAL_MAP)
+    _draw_score(axes, row, row.visual, _SIGNAL_MAP, _SIGNAL_GAMMA)
 
 
 def _draw_textual(axes: Axes, row: SelectionRow) -> None:
     if row.textual is not None:
-        _draw_score(axes, row, row.textual, _SIGNAL_MAP)
+        _draw_score(axes, row, row.textual, _SIGNAL_MAP, _SIGNAL_GAMMA)
 
 
 def _draw_fused(axes: Axes, row: SelectionRow) -> None:
-    _draw_score(axes, row, row.fused, _CONSENSUS_MAP)
+    _draw_score(axes, row, row.fused, _CONSENSUS_MAP, 1.0)
 
 
-def _draw_score(axes: Axes, row: SelectionRow, score: npt.NDArray[Any], cmap: str) -> None:
+def _draw_score(
+    axes: Axes, row: SelectionRow, score: npt.NDArray[Any], cmap: str, gamma: float
+) -> None:
+    from matplotlib.colors import PowerNorm
+
     finite = score[np.isfinite(score)]
     # One outlier (a register-like token, often) must not turn all the others black.
     low, high = np.percentile(finite, (0, 98)) if finite.size else (0.0, 1.0)
-    _show(axes, score.reshape(row.grid), row, cmap=cmap, vmin=low, vmax=max(high, low + 1e-12))
+    scale = PowerNorm(gamma, low, max(high, low + 1e-12), clip=True)
+    _show(axes, score.reshape(row.grid), row, cmap=cmap, norm=scale)
 
 
 def _draw_kept(axes: Axes, row: SelectionRow) -> None:
