@@ -1,14 +1,14 @@
 """Hugging Face models: `patch(model, method)` and back.
 
-One module does one thing: `patch` checks and hands out the `Handle`, `hooks` are what it installs,
-`adapter` and one file per family say where a model's parts are, `tap` reads attention queries and
-keys, `probe` and `query` ask the question, `layout` shortens the sequence, `cache` corrects the
-calls that follow, `report` tells what happened.
+One module does one thing: `patching` checks and hands out the `Handle`, `hooks` are what it
+installs, `adapter` and one file per family say where a model's parts are, `tap` reads attention
+queries and keys, `probe` and `query` ask the question, `layout` shortens the sequence, `cache`
+corrects the calls that follow, `report` tells what happened.
 """
 
 from . import llava as _llava  # noqa: F401  (registers its adapter)
 from .adapter import Adapter, Encoded, register, supported
-from .patch import Handle, patch, unpatch
+from .patching import Handle, patch, unpatch
 from .report import Pruning, Stats
 
 __all__ = [
