@@ -207,11 +207,29 @@ def _check_out(out: Path) -> None:
 
 
 def _run_demo(args: argparse.Namespace) -> None:
-    from .demo import Assistant, DemoError, budget, compare, figure_row
+    from .demo import REPEATS, Assistant, DemoError, steady_threads
     from .viz import selection_figure
 
     image, truths = _subject(args)
     assistant = Assistant(args.model, args.device, args.dtype)
+    with steady_threads(assistant) as threads:
+        rows = _ask_all(args, assistant, image, truths)
+    where = f", {threads} CPU thread{'s' * (threads > 1)}" if assistant.device == "cpu" else ""
+    print(f"first token: image encoding, choice and merging, prefill; median of {REPEATS}{where}")
+    print("KV cache: keys and values of all layers after prefill, text included")
+    try:
+        selection_figure(rows).savefig(args.out)
+    except OSError as error:
+        raise DemoError(f"--out {args.out} can't be written: {error.strerror}") from error
+    print(f"picture: {args.out}")
+
+
+def _ask_all(
+    args: argparse.Namespace, assistant: Assistant, image: Any, truths: dict[str, str]
+) -> list[SelectionRow]:
+    """Ask each question, print its table, and gather the rows of the picture."""
+    from .demo import budget, compare, figure_row
+
     rows: list[SelectionRow] = []
     for question in args.question or _default_questions(args, truths, assistant):
         _warn_of_unknown_words(assistant, question)
@@ -224,13 +242,7 @@ def _run_demo(args: argparse.Namespace) -> None:
         title = question if truth is None else f"{question}  (true answer: {truth})"
         _print_table(title, asked.tokens, runs)
         rows.append(figure_row(assistant, asked, runs, title))
-    print("first token: encoding the image, choosing and merging tokens, prefill; median of 7")
-    print("KV cache: keys and values of all layers after prefill, text included")
-    try:
-        selection_figure(rows).savefig(args.out)
-    except OSError as error:
-        raise DemoError(f"--out {args.out} can't be written: {error.strerror}") from error
-    print(f"picture: {args.out}")
+    return rows
 
 
 def _subject(args: argparse.Namespace) -> tuple[Any, dict[str, str]]:

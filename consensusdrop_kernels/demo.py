@@ -23,6 +23,7 @@ from .hf import Handle, patch, supported
 from .methods import ConsensusDrop, Method, Random
 from .viz import SelectionRow
 
+REPEATS = 7  # timings of each way of answering
 _ANSWER_TOKENS = 32
 # The shipped model was trained on one-word answers, and short of tokens may not stop after one.
 _SHIPPED_ANSWER_TOKENS = 1
@@ -144,6 +145,21 @@ class Assistant:
             torch.cuda.synchronize(self.device)
 
 
+@contextlib.contextmanager
+def steady_threads(assistant: Assistant) -> Iterator[int]:
+    """Run the shipped model on one CPU thread, any other on torch's own number, which it yields.
+
+    A model so small gains nothing from threads, and its times jump tenfold on a busy machine.
+    """
+    before = torch.get_num_threads()
+    if assistant.shipped:
+        torch.set_num_threads(1)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
 def plain(question: str) -> str:
     """A question in the shipped model's spelling: lower case, the question mark a word."""
     return " ".join(re.sub(r"([?,])", r" \1 ", question.lower()).split())
@@ -212,7 +228,7 @@ def budget(keep: int | float, tokens: int) -> int:
 
 
 def compare(
-    assistant: Assistant, asked: Asked, keep: int, alpha: float, seed: int, repeats: int = 7
+    assistant: Assistant, asked: Asked, keep: int, alpha: float, seed: int, repeats: int = REPEATS
 ) -> list[Run]:
     """Answer with all tokens, with ConsensusDrop and with random ones, and time each.
 

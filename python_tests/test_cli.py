@@ -168,6 +168,17 @@ def test_compare_leaves_the_model_as_it_was(assistant, circle):
     assert torch.equal(before, after)
 
 
+def test_only_the_shipped_model_is_held_to_one_thread(assistant, monkeypatch):
+    torch.set_num_threads(2)
+    with demo.steady_threads(assistant) as threads:
+        assert threads == torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr(assistant, "shipped", False)
+    with demo.steady_threads(assistant) as threads:
+        assert threads == 2
+    torch.set_num_threads(1)
+
+
 def test_random_tokens_follow_the_seed(assistant, circle):
     def drawn(seed):
         runs = demo.compare(assistant, circle, 16, 0.5, seed, repeats=1)
