@@ -208,7 +208,8 @@ class Hooks:
 
         budget = self.method.budget(encoded.tokens)
         if budget == encoded.tokens:
-            self._report(self.method.identity(signals), signals, layout, None, embeds)
+            cached = self._wants_cache(kwargs)
+            self._report(self.method.identity(signals), signals, layout, None, embeds, cached)
             return None
         selection = self.method.select(signals)
         compact = self.method.positions == "compact"
@@ -298,8 +299,7 @@ class Hooks:
 
     def _shortened(self, kwargs: dict[str, Any], short: Shortened, length: int) -> dict[str, Any]:
         cache = kwargs.get("past_key_values")
-        wanted = kwargs.get("use_cache")
-        if cache is None and (self._text.config.use_cache if wanted is None else wanted):
+        if cache is None and self._wants_cache(kwargs):
             cache = DynamicCache(config=self._text.config)
         mask = short.mask
         if cache is not None:
@@ -314,9 +314,14 @@ class Hooks:
             "past_key_values": cache,
         }
 
+    def _wants_cache(self, kwargs: dict[str, Any]) -> bool:
+        wanted = kwargs.get("use_cache")
+        wanted = self._text.config.use_cache if wanted is None else wanted
+        return bool(wanted) or kwargs.get("past_key_values") is not None
+
     def _report(
         self, selection: Selection, signals: Signals, layout: Layout, short: Shortened | None,
-        embeds: Tensor, cached: bool = True,
+        embeds: Tensor, cached: bool,
     ) -> None:  # fmt: skip
         if self._keep_signals:
             light = replace(signals, x=signals.x.detach())

@@ -25,29 +25,29 @@ class Handle:
 
     def __init__(self, model: nn.Module, hooks: Hooks) -> None:
         self._model = model
-        self._hooks: Hooks | None = hooks
-        self._done = hooks
+        self._hooks = hooks
+        self._installed = True
 
     @property
     def method(self) -> Method:
         """The method in use."""
-        return self._done.method
+        return self._hooks.method
 
     @property
     def last(self) -> Pruning | None:
         """The most recent prefill with images, of whatever thread; None before the first."""
-        return self._done.last
+        return self._hooks.last
 
     @property
     def stats(self) -> Stats:
         """Sums over all prefills since `patch`."""
-        return self._done.stats
+        return self._hooks.stats
 
     def remove(self) -> None:
         """Restore the model; its outputs are again bit for bit what they were. Idempotent."""
-        if self._hooks is not None:
+        if self._installed:
             self._hooks.remove()
-            self._hooks = None
+            self._installed = False
             delattr(self._model, _ATTRIBUTE)
 
     def __enter__(self) -> Handle:

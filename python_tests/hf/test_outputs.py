@@ -119,6 +119,11 @@ def test_cache_bytes_are_those_of_the_real_cache() -> None:
         model(**batch(SHORT, LONG), pixel_values=images, use_cache=False)
         assert handle.stats.kv_bytes_after == held
         assert handle.stats.prefills == 2
+    with patch(model, ConsensusDrop(keep=1.0)) as handle:
+        model(**batch(SHORT, LONG), pixel_values=images, use_cache=False)
+        assert handle.stats.kv_bytes_before == handle.stats.kv_bytes_after == 0
+        model(**batch(SHORT, LONG), pixel_values=images)
+        assert handle.stats.kv_bytes_before == handle.stats.kv_bytes_after > held
 
 
 @torch.no_grad()
