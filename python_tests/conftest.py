@@ -1,6 +1,13 @@
 """Fixtures every test may use: a backend, poisoned memory, and a repeatable hypothesis profile."""
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import os
+
+# Before torch starts its threads: on shared cores, waiting threads that spin make the suite many
+# times slower, because they keep out the thread they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -144,6 +144,9 @@ def digest() -> str:
     return total.hexdigest()
 
 
+DIGEST = ["-c", f"from {__package__} import test_memory as t; print(t.digest())"]
+
+
 def in_a_process(code: list[str], **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, *code],
@@ -155,17 +158,22 @@ def in_a_process(code: list[str], **environment: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.fixture(scope="module")
+def clean_digest() -> str:
+    """Of a fresh process, like the one it is compared with."""
+    return in_a_process(DIGEST)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 @pytest.mark.parametrize("fill", [1, 0x55, 0x80])
-def test_scratch_memory_is_written_before_it_is_read(fill):
+def test_scratch_memory_is_written_before_it_is_read(fill, clean_digest):
     """The kernels' scratch does not come from torch. glibc can fill what it hands out: bytes of
     `fill ^ 0xFF`, as floats -1.7e38, -4e-13 and 3.4e38 (a leak of any of them shows)."""
     if not cdrop.backends()["cpu"].available:
         pytest.skip(cdrop.backends()["cpu"].reason)
-    code = ["-c", f"from {__package__} import test_memory as t; print(t.digest())"]
     # Without the cache per thread every allocation passes through the filling code.
     tunables = f"glibc.malloc.perturb={fill}:glibc.malloc.tcache_count=0"
-    assert in_a_process(code, GLIBC_TUNABLES=tunables) == digest()
+    assert in_a_process(DIGEST, GLIBC_TUNABLES=tunables) == clean_digest
 
 
 def test_nothing_of_the_size_of_the_map_is_allocated(backend):
