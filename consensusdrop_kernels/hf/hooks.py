@@ -124,6 +124,8 @@ class Hooks:
             raise RuntimeError("the encoder's attention did not go through its interface")
         encoded = self._adapter.encode(self._model, tapped, output, arguments)
         setattr(output, _ENCODED, encoded)
+        if _is_dispatched(self._model):
+            self._calls.local.encoded = encoded, _first_tokens(output)
         prefill = self._prefill
         if prefill is not None:
             prefill.encoded = encoded
@@ -166,6 +168,8 @@ class Hooks:
         outputs = (given.get("mm_encoder_outputs") or {}).get(self._adapter.modality)
         encoded = getattr(outputs, _ENCODED, None)
         if outputs is not None and encoded is None:
+            encoded = self._recall(outputs)
+        if outputs is not None and encoded is None:
             raise NotImplementedError(
                 "the image features were computed outside the patched model (or cut into chunks by "
                 "prefill_chunk_size), so there is no encoder saliency; pass pixel_values instead"
@@ -181,6 +185,18 @@ class Hooks:
             encoded=encoded,
             logits=getattr(self._calls.local, "logits", 0),
         )
+
+    def _recall(self, outputs: Any) -> Encoded | None:
+        """What was noted of features that accelerate rebuilt while it moved them: it keeps the
+        tensors' values and loses all else."""
+        encoded, known = getattr(self._calls.local, "encoded", None) or (None, None)
+        if encoded is None or not _is_dispatched(self._model):
+            return None
+        same_size = all(len(f) == encoded.tokens for f in outputs.pooler_output)
+        given = _first_tokens(outputs).to(known.device)
+        if not same_size or not (given[:, None] == known).all(-1).any(1).all():
+            return None
+        return encoded
 
     def _after_outer(self, module: nn.Module, args: Any, output: Any) -> None:
         self._calls.local.prefill = None
@@ -370,6 +386,16 @@ def _positions(given: Tensor | None, embeds: Tensor) -> Tensor:
             f"position_ids must be [B, L]=[{batch}, {length}], got {list(given.shape)}"
         )
     return given.expand(batch, length)
+
+
+def _is_dispatched(model: Any) -> bool:
+    """Whether accelerate moves inputs between the modules of this model."""
+    return hasattr(model, "_hf_hook") or hasattr(model, "hf_device_map")
+
+
+def _first_tokens(output: Any) -> Tensor:
+    """The first feature of every image, `[R, D]`: enough to know the images again."""
+    return torch.stack([features[0] for features in output.pooler_output]).detach()
 
 
 def _is_static(cache: Any) -> bool:

@@ -6,6 +6,7 @@ import copy
 import threading
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor
@@ -319,6 +320,18 @@ def test_static_cache_without_padding() -> None:
         for _ in range(2):  # generate uses the same cache again, reset
             out = generate(model, batch(SHORT), images, **options)
             assert torch.equal(out.sequences, want.sequences)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_modules_that_accelerate_dispatches(beams: int) -> None:
+    """Weights that come and go with each call, inputs that are rebuilt on their way."""
+    model, images = random_llava(), pixels(3)
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        want = generate(model, batch(TWO, SHORT), images, num_beams=beams)
+    spread = accelerate.cpu_offload(random_llava(), execution_device=torch.device("cpu"))
+    with patch(spread, ConsensusDrop(keep=KEEP)):
+        out = generate(spread, batch(TWO, SHORT), images, num_beams=beams)
+    assert torch.equal(out.sequences, want.sequences)
 
 
 def test_budget_of_everything_is_the_unpatched_model() -> None:

@@ -26,7 +26,7 @@ class MergeWork {
 
  private:
   static constexpr int64_t kBlock = 64;       // tokens of an assign task
-  static constexpr int64_t kStretch = 2048;   // columns of a merge task
+  static constexpr int64_t kStretch = 4096;   // columns of a merge task
 
   MetricRows metric(int64_t sample) const;
   float weight(int64_t sample, int64_t token) const {

@@ -70,7 +70,6 @@ struct MergeTask {
 
 constexpr int64_t kTokenBlock = 4;     // tokens the nearest-slot kernel takes at once
 constexpr int64_t kSlotBlock = 64;     // slots are padded to a multiple
-constexpr int64_t kMaxLanes = 16;      // floats of the widest vector
 constexpr int64_t kMaxRowBlock = 8;    // query rows the attention kernel takes at once, at most
 constexpr int64_t kScratchPad = 32;    // room past the last key for a whole vector
 
@@ -81,7 +80,7 @@ inline int64_t row_units(int64_t width, int64_t per) { return padded((width + pe
 
 inline int64_t attention_scratch(int64_t keys, int64_t width) {
   const int64_t logits = kMaxRowBlock * (padded(keys, kScratchPad) + kScratchPad);
-  return logits + (kMaxRowBlock + kMaxLanes) * padded(width, kScratchPad) + keys;
+  return logits + (kMaxRowBlock + 1) * padded(width, kScratchPad) + keys;
 }
 
 struct SimdKernels {

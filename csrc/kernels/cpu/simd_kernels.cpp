@@ -18,6 +18,13 @@ namespace {
 constexpr int kRowBlock = kLanes / 2;  // query rows taken at once
 static_assert(kRowBlock <= kMaxRowBlock);
 
+// Rows lie far apart where heads alternate in memory, too far for the processor to guess the next.
+template <typename T>
+CDROP_INLINE void fetch_row(const T* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t c = 0; c < width; c += kLine) __builtin_prefetch(row + c);
+}
+
 // s[j] = <q, k[j]> for one row and all keys. kLanes dot products at a time, so that one transposing
 // reduction sums them all. `q` is padded with zeros to whole vectors.
 template <typename T>
@@ -26,10 +33,11 @@ void one_row_products(const AttentionTask& task, const float* q, float* s) {
   const int64_t whole = task.width / kLanes * kLanes;
   for (int64_t j = 0; j < task.keys; j += kLanes) {
     Vec sum[kLanes] = {};
+#pragma GCC unroll 16
     for (int n = 0; n < kLanes; ++n) {
       const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
       const T* key = k + at * task.k_row_stride;
-      __builtin_prefetch(key + kLanes * task.k_row_stride);
+      fetch_row(key + kLanes * task.k_row_stride, task.width);
       for (int64_t c = 0; c < whole; c += kLanes) sum[n] += load(key + c) * load(q + c);
       if (whole < task.width) sum[n] += load_part(key + whole, task.width - whole) * load(q + whole);
     }
@@ -72,9 +80,12 @@ CDROP_INLINE void stage_row(const T* from, int64_t width, float* to, int64_t uni
     for (int64_t c = whole; c < width; ++c) to[c] = to_float(from[c]);
     for (int64_t c = width; c < units; ++c) to[c] = 0.0f;
   } else {
-    __builtin_memcpy(to, from, static_cast<size_t>(width) * sizeof(T));
-    __builtin_memset(reinterpret_cast<T*>(to) + width, 0,
-                     static_cast<size_t>(units * kPer - width) * sizeof(T));
+    const float* raw = reinterpret_cast<const float*>(from);  // loaded and stored, not read
+    const int64_t whole = width / (kLanes * kPer) * kLanes;
+    for (int64_t c = 0; c < whole; c += kLanes) store(to + c, load(raw + c));
+    T* rest = reinterpret_cast<T*>(to);
+    for (int64_t c = whole * kPer; c < width; ++c) rest[c] = from[c];
+    for (int64_t c = width; c < units * kPer; ++c) rest[c] = T{};
   }
 }
 
@@ -82,43 +93,52 @@ CDROP_INLINE void stage_row(const T* from, int64_t width, float* to, int64_t uni
 // side by side: lane 2 r + e of vector c is unit 2 c + e of row r. A pair of a key's units is then
 // one 64-bit broadcast, and every lane of every product is needed.
 template <typename T>
-void block_products(const AttentionTask& task, const float* q, float* s, int64_t s_stride,
-                    float* tile) {
+void block_products(const AttentionTask& task, const float* q, float* s, int64_t s_stride) {
   using Unit = typename UnitOf<T>::type;
   typedef double Pairs __attribute__((vector_size(kLanes * 4)));
-  constexpr int64_t kLine = 64 / sizeof(T);
+  constexpr int64_t kChunk = 128;  // units: a constant, so that one address reaches all keys
+  alignas(64) float tile[kLanes * kChunk];
   const T* k = static_cast<const T*>(task.k);
   const int64_t units = row_units(task.width, Unit::kPer);
   for (int64_t j = 0; j < task.keys; j += kLanes) {
-    for (int n = 0; n < kLanes; ++n) {
-      const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
-      const T* key = k + at * task.k_row_stride;
-      const T* ahead = key + kLanes * task.k_row_stride;
-      for (int64_t c = 0; c < task.width; c += kLine) __builtin_prefetch(ahead + c);
-      stage_row(key, task.width, tile + n * units, units);
-    }
     Vec sum[kLanes] = {};
-    for (int64_t c = 0; c < units; c += 2) {
-      const Vec rows = load(q + c * kRowBlock);
-#pragma GCC unroll 16
+    for (int64_t from = 0; from < units; from += kChunk) {
+      const int64_t size = units - from < kChunk ? units - from : kChunk;
+      const int64_t left = task.width - from * Unit::kPer;
+      const int64_t width = left < kChunk * Unit::kPer ? left : kChunk * Unit::kPer;
       for (int n = 0; n < kLanes; ++n) {
-        double pair;
-        __builtin_memcpy(&pair, tile + n * units + c, sizeof(pair));
-        sum[n] = Unit::multiply_add(sum[n], rows, reinterpret_cast<Vec>(pair - Pairs{}));
+        const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
+        const T* key = k + at * task.k_row_stride + from * Unit::kPer;
+        fetch_row(key + kLanes * task.k_row_stride, width);
+        stage_row(key, width, tile + n * kChunk, size);
+      }
+      for (int64_t c = 0; c < size; c += 2) {
+        const Vec rows = load(q + (from + c) * kRowBlock);
+#pragma GCC unroll 16
+        for (int n = 0; n < kLanes; ++n) {
+          double pair;
+          __builtin_memcpy(&pair, tile + n * kChunk + c, sizeof(pair));
+          sum[n] = Unit::multiply_add(sum[n], rows, reinterpret_cast<Vec>(pair - Pairs{}));
+        }
       }
     }
     // Lane 2 r + e of sum[n]: add up e, then bring each row's keys together.
     Vec t[kRowBlock];
+#pragma GCC unroll 8
     for (int n = 0; n < kRowBlock; ++n) t[n] = pair_sums<1>(sum[2 * n], sum[2 * n + 1]);
+#pragma GCC unroll 8
     for (int n = 0; n < kRowBlock; n += 2) exchange<2>(&t[n], &t[n + 1]);
     if constexpr (kRowBlock >= 4) {
+#pragma GCC unroll 8
       for (int n = 0; n < kRowBlock; ++n) {
         if (!(n & 2)) exchange<4>(&t[n], &t[n + 2]);
       }
     }
     if constexpr (kRowBlock >= 8) {
-      for (int n = 0; n < 4; ++n) exchange<8>(&t[n], &t[n + 4]);
+#pragma GCC unroll 8
+      for (int n = 0; n < kRowBlock / 2; ++n) exchange<8>(&t[n], &t[n + kRowBlock / 2]);
     }
+#pragma GCC unroll 8
     for (int r = 0; r < kRowBlock; ++r) store(s + r * s_stride + j, t[r]);
   }
 }
@@ -141,21 +161,28 @@ bool key_is_valid(const AttentionTask& task, int64_t key) {
 }
 
 // Scale the logits, -inf where the row does not look; the largest of them (NaN passed over).
-float mask_logits(const AttentionTask& task, const Row& row, float* s, int64_t s_size) {
+float mask_logits(const AttentionTask& task, const Row& row, float* s) {
   const float kMinusInf = -__builtin_inff();
   const int64_t seen = visible_keys(task, row);
-  const Vec scale = splat(task.scale);
-  for (int64_t j = 0; j < task.keys; j += kLanes) store(s + j, load(s + j) * scale);
-  for (int64_t j = seen; j < s_size; ++j) s[j] = kMinusInf;
-  if (task.key_valid != nullptr) {
-    for (int64_t j = task.valid_from; j < seen; ++j) {
-      if (!key_is_valid(task, j)) s[j] = kMinusInf;
-    }
-  }
+  const int64_t end = padded(task.keys, kLanes);
   Vec most = splat(kMinusInf);
-  for (int64_t j = 0; j < task.keys; j += kLanes) {
-    const Vec v = load(s + j);
-    most = choose(v > most, v, most);
+  if (task.key_valid == nullptr) {
+    for (int64_t j = 0; j < seen; j += kLanes) {
+      const Vec v = load(s + j) * task.scale;
+      store(s + j, v);
+      if (j + kLanes <= seen) most = choose(v > most, v, most);
+    }
+    for (int64_t j = seen; j < end; ++j) s[j] = kMinusInf;
+    const Vec last = load(s + (seen > 0 ? seen - 1 : 0) / kLanes * kLanes);
+    most = choose(last > most, last, most);
+  } else {
+    for (int64_t j = 0; j < end; ++j) {
+      s[j] = j < seen && key_is_valid(task, j) ? s[j] * task.scale : kMinusInf;
+    }
+    for (int64_t j = 0; j < end; j += kLanes) {
+      const Vec v = load(s + j);
+      most = choose(v > most, v, most);
+    }
   }
   float m = kMinusInf;
   for (int l = 0; l < kLanes; ++l) m = most[l] > m ? most[l] : m;
@@ -206,8 +233,8 @@ void nan_row(const AttentionTask& task, const Row& row, float* p) {
 }
 
 // Turn one row's dot products into probabilities and add them to `out` [keys - prefix].
-void add_row(const AttentionTask& task, const Row& row, float* s, int64_t s_size, float* out) {
-  float shift = mask_logits(task, row, s, s_size);
+void add_row(const AttentionTask& task, const Row& row, float* s, float* out) {
+  float shift = mask_logits(task, row, s);
   float factor = task.reduce == Reduce::kMean ? row.weight : 1.0f;
   if (task.lse != nullptr) {
     shift = task.lse[row.head * task.lse_head_stride + row.row * task.lse_row_stride];
@@ -226,28 +253,28 @@ const T* query(const AttentionTask& task, const Row& row) {
          row.row * task.q_row_stride;
 }
 
-// Dot products of up to kRowBlock rows with all keys; `q` and `tile` are scratch.
+// Dot products of up to kRowBlock rows with all keys; `q` and `row` are scratch.
 template <typename T>
-void products(const AttentionTask& task, const Row* rows, int64_t count, float* q, float* tile,
+void products(const AttentionTask& task, const Row* rows, int64_t count, float* q, float* row,
               float* s, int64_t s_stride) {
   if (count <= kRowBlock / 4 || count == 1) {
     const int64_t size = padded(task.width, kLanes);
     for (int64_t r = 0; r < count; ++r) {
-      const T* row = query<T>(task, rows[r]);
-      for (int64_t c = 0; c < size; ++c) q[c] = c < task.width ? to_float(row[c]) : 0.0f;
+      const T* from = query<T>(task, rows[r]);
+      for (int64_t c = 0; c < size; ++c) q[c] = c < task.width ? to_float(from[c]) : 0.0f;
       one_row_products<T>(task, q, s + r * s_stride);
     }
     return;
   }
   const int64_t units = row_units(task.width, UnitOf<T>::type::kPer);
   for (int64_t r = 0; r < kRowBlock; ++r) {
-    stage_row(query<T>(task, rows[r < count ? r : 0]), task.width, tile, units);
+    stage_row(query<T>(task, rows[r < count ? r : 0]), task.width, row, units);
     for (int64_t c = 0; c < units; c += 2) {
-      q[c * kRowBlock + 2 * r] = tile[c];
-      q[c * kRowBlock + 2 * r + 1] = tile[c + 1];
+      q[c * kRowBlock + 2 * r] = row[c];
+      q[c * kRowBlock + 2 * r + 1] = row[c + 1];
     }
   }
-  block_products<T>(task, q, s, s_stride, tile);
+  block_products<T>(task, q, s, s_stride);
 }
 
 // The next rows of weight > 0, at most kRowBlock of them.
@@ -267,22 +294,22 @@ void attention_rows(const AttentionTask& task) {
   const int64_t count = task.keys - task.prefix;
   float* s = task.scratch;
   float* q = s + kMaxRowBlock * s_stride;
-  float* tile = q + kMaxRowBlock * padded(task.width, kScratchPad);
-  float* most = tile + kMaxLanes * padded(task.width, kScratchPad);  // over the rows of one head
+  float* row = q + kMaxRowBlock * padded(task.width, kScratchPad);
+  float* most = row + padded(task.width, kScratchPad);  // over the rows of one head
   const bool by_max = task.reduce == Reduce::kMax;
   for (int64_t i = 0; i < count; ++i) task.out[i] = 0.0f;
   int64_t head = -1;
   Row rows[kRowBlock];
   for (int64_t at = task.row_begin;;) {
     const int64_t n = next_rows(task, &at, rows);
-    if (n > 0) products<T>(task, rows, n, q, tile, s, s_stride);
+    if (n > 0) products<T>(task, rows, n, q, row, s, s_stride);
     for (int64_t r = 0; r < n; ++r) {
       if (by_max && rows[r].head != head) {
         if (head >= 0) accumulate(task.out, most, count, 1.0f, Reduce::kMean);
         for (int64_t i = 0; i < count; ++i) most[i] = 0.0f;
         head = rows[r].head;
       }
-      add_row(task, rows[r], s + r * s_stride, s_stride, by_max ? most : task.out);
+      add_row(task, rows[r], s + r * s_stride, by_max ? most : task.out);
     }
     if (n == 0 || at >= task.row_end) break;
   }
@@ -419,11 +446,19 @@ void nearest(const NearestTask& task) {
 
 // --- merge --------------------------------------------------------------------------------------
 
-// acc (+)= sum_n factor[n] x[row[n]] for kRows rows in one sweep.
+constexpr int kSweep = 4;  // rows added at once
+
+// acc (+)= sum_n factor[n] x[row[n]] for kRows rows in one sweep. The rows lie anywhere, so those
+// of the next sweep are fetched meanwhile.
 template <typename T, int kRows, bool kFirst>
-void add_rows(float* acc, const T* const* row, const float* factor, int64_t width) {
+void add_rows(float* acc, const T* const* row, const float* factor, const T* const* next,
+              int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
   const int64_t whole = width / kLanes * kLanes;
   for (int64_t c = 0; c < whole; c += kLanes) {
+    if (c % kLine == 0) {
+      for (int n = 0; n < kSweep; ++n) __builtin_prefetch(next[n] + c);
+    }
     Vec total = kFirst ? Vec{} : load(acc + c);
 #pragma GCC unroll 4
     for (int n = 0; n < kRows; ++n) total += load(row[n] + c) * factor[n];
@@ -436,6 +471,15 @@ void add_rows(float* acc, const T* const* row, const float* factor, int64_t widt
   }
 }
 
+template <typename T, bool kFirst>
+void add_rows(int rows, float* acc, const T* const* row, const float* factor, const T* const* next,
+              int64_t width) {
+  if (rows == 1) add_rows<T, 1, kFirst>(acc, row, factor, next, width);
+  if (rows == 2) add_rows<T, 2, kFirst>(acc, row, factor, next, width);
+  if (rows == 3) add_rows<T, 3, kFirst>(acc, row, factor, next, width);
+  if (rows == 4) add_rows<T, 4, kFirst>(acc, row, factor, next, width);
+}
+
 template <typename T>
 void merge_slot(const MergeTask& task) {
   const T* x = static_cast<const T*>(task.x);
@@ -445,29 +489,29 @@ void merge_slot(const MergeTask& task) {
     __builtin_memcpy(out, own, static_cast<size_t>(task.width) * sizeof(T));
     return;
   }
-  float total = task.own_weight;
-  const T* row[4] = {own};
-  float factor[4] = {task.own_weight};
-  int held = task.own_weight > 0.0f ? 1 : 0;  // a weight of 0 takes no part, not even as 0 * NaN
-  bool first = true;
-  for (int64_t n = 0; n < task.count; ++n) {
-    const int64_t token = task.joined[n];
-    const float w = task.weight ? task.weight[token * task.weight_stride] : 1.0f;
-    row[held] = x + token * task.row_stride;
-    factor[held++] = task.blend * w;
-    total += task.blend * w;
-    if (held == 4) {
-      first ? add_rows<T, 4, true>(task.scratch, row, factor, task.width)
-            : add_rows<T, 4, false>(task.scratch, row, factor, task.width);
-      first = false, held = 0;
-    }
+  // The slot's own token first, then those that joined; a weight of 0 takes no part, not even as
+  // 0 * NaN.
+  const int64_t lead = task.own_weight > 0.0f ? 1 : 0;
+  const int64_t count = lead + task.count;
+  float total = 0.0f;
+  const T* row[2 * kSweep];
+  float factor[2 * kSweep];
+  const auto fetch = [&](int64_t n, int at) {
+    const int64_t i = n < count ? n : count - 1;
+    const int64_t token = i < lead ? task.own : task.joined[i - lead];
+    row[at] = x + token * task.row_stride;
+    factor[at] = task.weight ? task.weight[token * task.weight_stride] : 1.0f;
+    if (i >= lead) factor[at] *= task.blend;
+  };
+  for (int n = 0; n < kSweep; ++n) fetch(n, n);
+  for (int64_t n = 0; n < count; n += kSweep) {
+    const int rows = static_cast<int>(count - n < kSweep ? count - n : kSweep);
+    for (int i = 0; i < rows; ++i) total += factor[i];
+    for (int i = 0; i < kSweep; ++i) fetch(n + kSweep + i, kSweep + i);
+    n == 0 ? add_rows<T, true>(rows, task.scratch, row, factor, row + kSweep, task.width)
+           : add_rows<T, false>(rows, task.scratch, row, factor, row + kSweep, task.width);
+    for (int i = 0; i < kSweep; ++i) row[i] = row[kSweep + i], factor[i] = factor[kSweep + i];
   }
-  if (first) {
-    for (int64_t c = 0; c < task.width; ++c) task.scratch[c] = 0.0f;
-  }
-  if (held == 1) add_rows<T, 1, false>(task.scratch, row, factor, task.width);
-  if (held == 2) add_rows<T, 2, false>(task.scratch, row, factor, task.width);
-  if (held == 3) add_rows<T, 3, false>(task.scratch, row, factor, task.width);
   int64_t c = 0;
   for (; c + kLanes <= task.width; c += kLanes) store(out + c, load(task.scratch + c) / total);
   for (; c < task.width; ++c) from_float(task.scratch[c] / total, out + c);

@@ -154,9 +154,12 @@ CDROP_INLINE Vec pair_sums(Vec a, Vec b) {
 // Lane l of the result is the sum over the lanes of v[l].
 CDROP_INLINE Vec lane_sums(const Vec (&v)[kLanes]) {
   Vec t[kLanes];
+#pragma GCC unroll 8
   for (int i = 0; i < kLanes / 2; ++i) t[i] = pair_sums<1>(v[2 * i], v[2 * i + 1]);
+#pragma GCC unroll 4
   for (int i = 0; i < kLanes / 4; ++i) t[i] = pair_sums<2>(t[2 * i], t[2 * i + 1]);
   if constexpr (kLanes >= 8) {
+#pragma GCC unroll 2
     for (int i = 0; i < kLanes / 8; ++i) t[i] = pair_sums<4>(t[2 * i], t[2 * i + 1]);
   }
   if constexpr (kLanes >= 16) t[0] = pair_sums<8>(t[0], t[1]);
