@@ -2,8 +2,8 @@
 
 One module does one thing: `patching` checks and hands out the `Handle`, `hooks` are what it
 installs, `adapter` and one file per family say where a model's parts are, `tap` reads attention
-queries and keys, `probe` and `query` ask the question, `layout` shortens the sequence, `cache`
-corrects the calls that follow, `report` tells what happened.
+queries and keys, `inputs` reads what callers pass, `probe` and `query` ask the question, `layout`
+shortens the sequence, `cache` corrects the calls that follow, `report` tells what happened.
 """
 
 from . import llava as _llava  # noqa: F401  (registers its adapter)

@@ -23,6 +23,14 @@ from ..methods.base import Method, Selection, Signals
 from .adapter import Adapter, Encoded
 from .cache import attach, continue_call, state_of
 from .calls import Calls
+from .inputs import (
+    check_cache,
+    check_static,
+    first_tokens,
+    full_positions,
+    is_dispatched,
+    padding,
+)
 from .layout import Layout, Shortened, locate, shorten, source_rows
 from .probe import StaticProbe, check_probe_layer
 from .report import Pruning, Stats
@@ -124,8 +132,8 @@ class Hooks:
             raise RuntimeError("the encoder's attention did not go through its interface")
         encoded = self._adapter.encode(self._model, tapped, output, arguments)
         setattr(output, _ENCODED, encoded)
-        if _is_dispatched(self._model):
-            self._calls.local.encoded = encoded, _first_tokens(output)
+        if is_dispatched(self._model):
+            self._calls.local.encoded = encoded, first_tokens(output)
         prefill = self._prefill
         if prefill is not None:
             prefill.encoded = encoded
@@ -164,7 +172,7 @@ class Hooks:
         return None
 
     def _start(self, given: dict[str, Any], cache: Any) -> None:
-        _check_cache(cache, self._text)
+        check_cache(cache, self._text)
         outputs = (given.get("mm_encoder_outputs") or {}).get(self._adapter.modality)
         encoded = getattr(outputs, _ENCODED, None)
         if outputs is not None and encoded is None:
@@ -189,12 +197,13 @@ class Hooks:
     def _recall(self, outputs: Any) -> Encoded | None:
         """What was noted of features that accelerate rebuilt while it moved them: it keeps the
         tensors' values and loses all else."""
-        encoded, known = getattr(self._calls.local, "encoded", None) or (None, None)
-        if encoded is None or not _is_dispatched(self._model):
+        noted: tuple[Encoded, Tensor] | None = getattr(self._calls.local, "encoded", None)
+        if noted is None or not is_dispatched(self._model):
             return None
+        encoded, known = noted
         same_size = all(len(f) == encoded.tokens for f in outputs.pooler_output)
-        given = _first_tokens(outputs).to(known.device)
-        if not same_size or not (given[:, None] == known).all(-1).any(1).all():
+        given = first_tokens(outputs).to(known.device)
+        if not same_size or not torch.eq(given[:, None], known).all(-1).any(1).all():
             return None
         return encoded
 
@@ -211,12 +220,12 @@ class Hooks:
         if prefill.encoded is None:
             raise RuntimeError(f"images came, but {self._adapter.features} was not called")
         embeds = kwargs["inputs_embeds"]
-        valid = self._padding(prefill, embeds)
+        valid = padding(prefill.mask, prefill.cache, embeds)
         encoded = prefill.encoded
         layout = locate(
             self._placeholders(prefill.ids), valid, prefill.ids, encoded.tokens, embeds.device
         )
-        positions = _positions(kwargs.get("position_ids"), embeds)
+        positions = full_positions(kwargs.get("position_ids"), embeds)
         # The first logit asked for predicts the first token that is no prompt: a draft of assisted
         # decoding, or an answer to be scored. What is chosen must not depend on those.
         layout = layout.without_last(max(prefill.logits - 1, 0))
@@ -230,7 +239,7 @@ class Hooks:
         selection = self.method.select(signals)
         compact = self.method.positions == "compact"
         short = shorten(embeds, positions, layout, selection, compact)
-        _check_static(prefill.cache, layout, short)
+        check_static(prefill.cache, layout, short)
         kwargs = kwargs | self._shortened(kwargs, short, embeds.shape[1])
         # Only the last logit stands at the same place in the shorter sequence, whatever was asked.
         prefill.restore = None if prefill.logits == 1 else short.restore
@@ -274,23 +283,6 @@ class Hooks:
     def _placeholders(self, ids: Tensor) -> Tensor:
         wanted = (getattr(self._model.config, name) for name in self._adapter.visual_ids)
         return functools.reduce(torch.logical_or, (ids == one for one in wanted))
-
-    def _padding(self, prefill: _Prefill, embeds: Tensor) -> Tensor | None:
-        mask = prefill.mask
-        batch, length = embeds.shape[:2]
-        if mask is None:
-            return None
-        if isinstance(mask, Tensor) and mask.dim() == 4 and _is_static(prefill.cache):
-            # What generate builds for a static cache; the last row sees all but the padding.
-            row = mask[:, 0, -1, :length]
-            return row if row.dtype == torch.bool else row == 0
-        if not isinstance(mask, Tensor) or mask.shape != (batch, length):
-            raise NotImplementedError(
-                f"attention_mask must be [B, L]=[{batch}, {length}] with images, got "
-                f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__} "
-                "(chunked prefill, or images on a cache that already holds tokens?)"
-            )
-        return mask
 
     def _signals(
         self, embeds: Tensor, positions: Tensor, layout: Layout, encoded: Encoded
@@ -375,48 +367,3 @@ class _Features:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._hooks.encode(self._call, args, kwargs)
-
-
-def _positions(given: Tensor | None, embeds: Tensor) -> Tensor:
-    batch, length = embeds.shape[:2]
-    if given is None:
-        given = torch.arange(length, device=embeds.device)[None]
-    if given.shape[-1] != length or given.dim() != 2:
-        raise NotImplementedError(
-            f"position_ids must be [B, L]=[{batch}, {length}], got {list(given.shape)}"
-        )
-    return given.expand(batch, length)
-
-
-def _is_dispatched(model: Any) -> bool:
-    """Whether accelerate moves inputs between the modules of this model."""
-    return hasattr(model, "_hf_hook") or hasattr(model, "hf_device_map")
-
-
-def _first_tokens(output: Any) -> Tensor:
-    """The first feature of every image, `[R, D]`: enough to know the images again."""
-    return torch.stack([features[0] for features in output.pooler_output]).detach()
-
-
-def _is_static(cache: Any) -> bool:
-    return bool(getattr(cache, "is_compileable", False))
-
-
-def _check_cache(cache: Any, text: Any) -> None:
-    implementation = text.config._attn_implementation or ""
-    if implementation.startswith("paged|"):
-        raise NotImplementedError("paged attention (continuous batching) can't be pruned")
-    if cache is not None and int(cache.get_seq_length()) > 0:
-        raise NotImplementedError(
-            "images can't be pruned on a cache that already holds tokens (another turn, or chunked "
-            "prefill); start without past_key_values"
-        )
-
-
-def _check_static(cache: Any, layout: Layout, short: Shortened) -> None:
-    padded = short.mask is not None or not bool(layout.valid.all())
-    if padded and _is_static(cache):
-        raise NotImplementedError(
-            "a static cache takes only prompts of one length without padding here; use the default "
-            "cache, or one prompt at a time"
-        )

@@ -6,7 +6,6 @@ import copy
 import threading
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 from torch import Tensor
@@ -325,6 +324,7 @@ def test_static_cache_without_padding() -> None:
 @pytest.mark.parametrize("beams", [1, 2])
 def test_modules_that_accelerate_dispatches(beams: int) -> None:
     """Weights that come and go with each call, inputs that are rebuilt on their way."""
+    accelerate = pytest.importorskip("accelerate")
     model, images = random_llava(), pixels(3)
     with patch(model, ConsensusDrop(keep=KEEP)):
         want = generate(model, batch(TWO, SHORT), images, num_beams=beams)

@@ -1,0 +1,81 @@
+"""What callers pass in, in its several forms, brought into one or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, Shortened
+
+
+def padding(mask: Any, cache: Any, embeds: Tensor) -> Tensor | None:
+    """The mask of a prefill as `[B, L]`, or None if there is none.
+
+    Raises:
+        NotImplementedError: a mask of another form.
+    """
+    batch, length = embeds.shape[:2]
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.dim() == 4 and is_static(cache):
+        # What generate builds for a static cache; the last row sees all but the padding.
+        row = mask[:, 0, -1, :length]
+        return row if row.dtype == torch.bool else row == 0
+    if not isinstance(mask, Tensor) or mask.shape != (batch, length):
+        raise NotImplementedError(
+            f"attention_mask must be [B, L]=[{batch}, {length}] with images, got "
+            f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__} "
+            "(chunked prefill, or images on a cache that already holds tokens?)"
+        )
+    return mask
+
+
+def full_positions(given: Tensor | None, embeds: Tensor) -> Tensor:
+    """The positions `[B, L]` of a call; without any, those the decoder would give itself."""
+    batch, length = embeds.shape[:2]
+    if given is None:
+        given = torch.arange(length, device=embeds.device)[None]
+    if given.shape[-1] != length or given.dim() != 2:
+        raise NotImplementedError(
+            f"position_ids must be [B, L]=[{batch}, {length}], got {list(given.shape)}"
+        )
+    return given.expand(batch, length)
+
+
+def is_dispatched(model: Any) -> bool:
+    """Whether accelerate moves inputs between the modules of this model."""
+    return hasattr(model, "_hf_hook") or hasattr(model, "hf_device_map")
+
+
+def first_tokens(output: Any) -> Tensor:
+    """The first feature of every image, `[R, D]`: enough to know the images again."""
+    return torch.stack([features[0] for features in output.pooler_output]).detach()
+
+
+def is_static(cache: Any) -> bool:
+    """Whether the cache has a fixed size, for which `generate` builds whole masks."""
+    return bool(getattr(cache, "is_compileable", False))
+
+
+def check_cache(cache: Any, text: Any) -> None:
+    """Raises NotImplementedError for a call with images whose cache can't be pruned."""
+    implementation = text.config._attn_implementation or ""
+    if implementation.startswith("paged|"):
+        raise NotImplementedError("paged attention (continuous batching) can't be pruned")
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise NotImplementedError(
+            "images can't be pruned on a cache that already holds tokens (another turn, or chunked "
+            "prefill); start without past_key_values"
+        )
+
+
+def check_static(cache: Any, layout: Layout, short: Shortened) -> None:
+    """Raises NotImplementedError for a static cache together with padding."""
+    padded = short.mask is not None or not bool(layout.valid.all())
+    if padded and is_static(cache):
+        raise NotImplementedError(
+            "a static cache takes only prompts of one length without padding here; use the default "
+            "cache, or one prompt at a time"
+        )
