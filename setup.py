@@ -44,9 +44,7 @@ class CMakeBuild(build_ext):
         if os.environ.get("CDROP_CUDA_ARCHITECTURES"):
             defines["CDROP_CUDA_ARCHITECTURES"] = os.environ["CDROP_CUDA_ARCHITECTURES"]
         arguments = [f"-D{name}={value}" for name, value in defines.items()]
-        subprocess.run(
-            ["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *arguments], check=True
-        )
+        subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *arguments], check=True)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run(["cmake", "--build", build, *jobs], check=True)
 

@@ -72,7 +72,8 @@ inline bool is_float(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
 }
 
-inline void check_float(const Tensor& t, const char* name, int64_t rank, const std::string& layout) {
+inline void check_float(const Tensor& t, const char* name, int64_t rank,
+                        const std::string& layout) {
   CDROP_CHECK(is_float(t.scalar_type()), name, "be float32, float16 or bfloat16",
               dtype_name(t.scalar_type()));
   CDROP_CHECK(t.dim() == rank, name, "be " + layout, shape(t));

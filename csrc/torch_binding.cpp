@@ -174,9 +174,8 @@ void check_metric(const Tensor& x, const Tensor& metric) {
   check_float(x, "x", 3, "[B, N, D]");
   const std::string layout = text("[B=", x.size(0), ", N=", x.size(1), ", F]");
   check_float(metric, "metric", 3, layout);
-  CDROP_CHECK(
-      metric.size(0) == x.size(0) && metric.size(1) == x.size(1) && metric.size(2) >= 1,
-      "metric", "be " + layout, shape(metric));
+  CDROP_CHECK(metric.size(0) == x.size(0) && metric.size(1) == x.size(1) && metric.size(2) >= 1,
+              "metric", "be " + layout, shape(metric));
   check_device(metric, "metric", "x");
 }
 
@@ -279,8 +278,8 @@ std::tuple<Tensor, Tensor> consensus_select(const Tensor& visual, const MaybeTen
                batch_by(batch, "N", tokens));
     check_device(*textual, "textual", "visual");
   }
-  SelectParams params = check_selection(batch, tokens, "visual", keep, alpha, fusion, valid,
-                                        priority, priority_keep);
+  SelectParams params =
+      check_selection(batch, tokens, "visual", keep, alpha, fusion, valid, priority, priority_keep);
   params.visual = matrix_of<float>(visual);
   params.textual = matrix_of<float>(textual);
   Tensor index = output(visual, {batch, keep}, ScalarType::Long);
@@ -299,9 +298,9 @@ std::tuple<Tensor, Tensor, Tensor> token_merge(const Tensor& x, const Tensor& me
   const int64_t batch = x.size(0), tokens = x.size(1);
   CDROP_CHECK(index.scalar_type() == ScalarType::Long, "index", "be int64",
               dtype_name(index.scalar_type()));
-  CDROP_CHECK(index.dim() == 2 && index.size(0) == batch && index.size(1) >= 1 &&
-                  index.size(1) <= tokens,
-              "index", text("be [B=", batch, ", K] with K in 1..N=", tokens), shape(index));
+  CDROP_CHECK(
+      index.dim() == 2 && index.size(0) == batch && index.size(1) >= 1 && index.size(1) <= tokens,
+      "index", text("be [B=", batch, ", K] with K in 1..N=", tokens), shape(index));
   check_device(index, "index", "x");
   check_merge_options(contextual, threshold, blend);
   if (weight) {
@@ -351,10 +350,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_merge(
   SaliencyParams textual;
   if (q_txt) {
     check_device(*q_txt, "q_txt", "x");
-    textual = check_saliency(*q_txt, *k_txt, scale_txt, lse_txt, {}, txt_weight, 0, false,
-                             txt_reduce,
-                             {"q_txt", "k_txt", "scale_txt", "lse_txt", "txt_weight",
-                              "txt_reduce"});
+    textual =
+        check_saliency(*q_txt, *k_txt, scale_txt, lse_txt, {}, txt_weight, 0, false, txt_reduce,
+                       {"q_txt", "k_txt", "scale_txt", "lse_txt", "txt_weight", "txt_reduce"});
     check_keys_fit(*k_txt, "k_txt", batch, tokens, "N");
   } else {
     CDROP_CHECK(!lse_txt, "lse_txt", "be None without q_txt", "a tensor");
@@ -362,8 +360,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_merge(
     check_choice(txt_reduce, "txt_reduce", {"mean", "max"});
   }
   if (metric) check_metric(x, *metric);
-  const SelectParams select = check_selection(batch, tokens, "x", keep, alpha, fusion, valid,
-                                              priority, priority_keep);
+  const SelectParams select =
+      check_selection(batch, tokens, "x", keep, alpha, fusion, valid, priority, priority_keep);
   check_merge_options(contextual, threshold, blend);
 
   visual.key_valid = textual.key_valid = select.valid;  // of the tokens: the prefix is always valid

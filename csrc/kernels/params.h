@@ -56,8 +56,8 @@ struct SelectParams {
 // token_merge: x [B, N, D], index [B, K] -> tokens [B, K+C, D], assign [B, N], size [B, K+C].
 struct MergeParams {
   Rows x;
-  Rows metric;                 // [B, (heads,) N, F]; its stride[1] is that of the heads
-  int64_t metric_heads = 1;    // the metric is the mean over them
+  Rows metric;               // [B, (heads,) N, F]; its stride[1] is that of the heads
+  int64_t metric_heads = 1;  // the metric is the mean over them
   int64_t metric_width = 0;
   int64_t batch = 0, tokens = 0, width = 0, keep = 0, contextual = 0;
   Matrix<float> weight;

@@ -25,8 +25,8 @@ class MergeWork {
   void merge(int64_t task, float* scratch) const;
 
  private:
-  static constexpr int64_t kBlock = 64;       // tokens of an assign task
-  static constexpr int64_t kStretch = 4096;   // columns of a merge task
+  static constexpr int64_t kBlock = 64;      // tokens of an assign task
+  static constexpr int64_t kStretch = 4096;  // columns of a merge task
 
   MetricRows metric(int64_t sample) const;
   float weight(int64_t sample, int64_t token) const {
@@ -35,12 +35,12 @@ class MergeWork {
 
   MergeParams params_;
   int64_t slots_, targets_, padded_, blocks_, stretches_;
-  Buffer<int64_t> own_;                 // [B, slots]: token of each slot, -1 where unused
+  Buffer<int64_t> own_;                   // [B, slots]: token of each slot, -1 where unused
   Buffer<int32_t> target_, target_slot_;  // [B, targets]: tokens that may be joined, ascending
-  Buffer<int32_t> target_count_;        // [B]
-  Buffer<float> vectors_, bias_;        // [B, F, padded], [B, padded]
-  Buffer<int32_t> joining_, found_;     // [B, N]: dropped tokens, and the target each joins
-  Buffer<int32_t> joining_count_;       // [B]
+  Buffer<int32_t> target_count_;          // [B]
+  Buffer<float> vectors_, bias_;          // [B, F, padded], [B, padded]
+  Buffer<int32_t> joining_, found_;       // [B, N]: dropped tokens, and the target each joins
+  Buffer<int32_t> joining_count_;         // [B]
   Buffer<int32_t> member_, member_from_;  // [B, N], [B, slots + 1]: tokens by slot
 };
 

@@ -30,8 +30,8 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
-// Calls `body(task, scratch)` once for each task in [0, tasks): whoever is free takes the next, with
-// `scratch_floats` floats of its own. Results must not depend on who ran what.
+// Calls `body(task, scratch)` once for each task in [0, tasks): whoever is free takes the next,
+// with `scratch_floats` floats of its own. Results must not depend on who ran what.
 template <typename Body>
 void for_each_task(const Threads& threads, int64_t tasks, int64_t scratch_floats,
                    const Body& body) {

@@ -122,8 +122,8 @@ void Sorter::sort(const float* score, int32_t* order, int64_t count) {
   for (int64_t r = 0; r < count; ++r) order[r] = from[r].token;
 }
 
-void select_sample(const SelectParams& params, int64_t b, const float* visual,
-                   const float* textual, int64_t* index, float* score) {
+void select_sample(const SelectParams& params, int64_t b, const float* visual, const float* textual,
+                   int64_t* index, float* score) {
   const int64_t n = params.tokens;
   const Sample sample{params, b, visual, textual};
   const Buffer<int32_t> order(n), other(n);

@@ -23,7 +23,7 @@ class Sorter {
 
 // Chooses for sample `b`; `visual` and `textual` (or null) are its scores, adjacent. Fills
 // `index[0..keep)` and, where wanted, `score[0..tokens)`.
-void select_sample(const SelectParams& params, int64_t b, const float* visual,
-                   const float* textual, int64_t* index, float* score);
+void select_sample(const SelectParams& params, int64_t b, const float* visual, const float* textual,
+                   int64_t* index, float* score);
 
 }  // namespace cdrop::cpu

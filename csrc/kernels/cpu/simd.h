@@ -15,8 +15,8 @@ struct AttentionTask {
   const void* k;  // the key head, key 0
   DType dtype;
   int64_t q_head_stride, q_row_stride, k_row_stride;
-  int64_t rows;                  // M, the rows of one head
-  int64_t row_begin, row_end;    // of the heads' rows one after another: head r / M, row r % M
+  int64_t rows;                // M, the rows of one head
+  int64_t row_begin, row_end;  // of the heads' rows one after another: head r / M, row r % M
   int64_t keys, width, prefix;
   float scale;
   bool causal;
@@ -68,10 +68,10 @@ struct MergeTask {
   void* out;       // [width]
 };
 
-constexpr int64_t kTokenBlock = 4;     // tokens the nearest-slot kernel takes at once
-constexpr int64_t kSlotBlock = 64;     // slots are padded to a multiple
-constexpr int64_t kMaxRowBlock = 8;    // query rows the attention kernel takes at once, at most
-constexpr int64_t kScratchPad = 32;    // room past the last key for a whole vector
+constexpr int64_t kTokenBlock = 4;   // tokens the nearest-slot kernel takes at once
+constexpr int64_t kSlotBlock = 64;   // slots are padded to a multiple
+constexpr int64_t kMaxRowBlock = 8;  // query rows the attention kernel takes at once, at most
+constexpr int64_t kScratchPad = 32;  // room past the last key for a whole vector
 
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

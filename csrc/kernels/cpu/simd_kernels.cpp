@@ -1,8 +1,8 @@
 // The vector loops of the CPU kernels; compiled once per instruction set (CDROP_SIMD names which).
 // See simd.h for why nothing of the standard library is used here.
-#include "simd.h"
-
 #include <cstddef>
+
+#include "simd.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -39,7 +39,8 @@ void one_row_products(const AttentionTask& task, const float* q, float* s) {
       const T* key = k + at * task.k_row_stride;
       fetch_row(key + kLanes * task.k_row_stride, task.width);
       for (int64_t c = 0; c < whole; c += kLanes) sum[n] += load(key + c) * load(q + c);
-      if (whole < task.width) sum[n] += load_part(key + whole, task.width - whole) * load(q + whole);
+      if (whole < task.width)
+        sum[n] += load_part(key + whole, task.width - whole) * load(q + whole);
     }
     store(s + j, lane_sums(sum));
   }
@@ -210,7 +211,8 @@ float exponentials(float* s, int64_t count, float shift) {
 void accumulate(float* out, const float* p, int64_t count, float factor, Reduce reduce) {
   const int64_t whole = count / kLanes * kLanes;
   if (reduce == Reduce::kMean) {
-    for (int64_t i = 0; i < whole; i += kLanes) store(out + i, load(out + i) + load(p + i) * factor);
+    for (int64_t i = 0; i < whole; i += kLanes)
+      store(out + i, load(out + i) + load(p + i) * factor);
     for (int64_t i = whole; i < count; ++i) out[i] += p[i] * factor;
     return;
   }
@@ -437,7 +439,8 @@ void nearest(const NearestTask& task) {
         slot = slot < 0 ? 0 : slot;
       } else if (slot >= 0) {
         const float cosine = value / norm(task.scratch + t * width, width);
-        if (!((cosine < -1.0f ? -1.0f : cosine > 1.0f ? 1.0f : cosine) >= task.threshold)) slot = -1;
+        if (!((cosine < -1.0f ? -1.0f : cosine > 1.0f ? 1.0f : cosine) >= task.threshold))
+          slot = -1;
       }
       task.out[i + t] = slot;
     }

@@ -102,9 +102,9 @@ CDROP_INLINE void store(BFloat16* p, Vec v) {
 }
 CDROP_INLINE void store(Half* p, Vec v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v),
-                                            _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(p),
+      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
@@ -191,7 +191,7 @@ CDROP_INLINE Vec exponential(Vec x) {
   const VecI k = as_int(shifted) - as_int(magic);
   const VecI half = k >> 1;
   const Vec value = p * as_float((half + 127) << 23) * as_float((k - half + 127) << 23);
-  const Vec bounded = choose(x > 88.7228f, splat(__builtin_inff()),
-                             choose(x < -87.3365f, splat(0.0f), value));
+  const Vec bounded =
+      choose(x > 88.7228f, splat(__builtin_inff()), choose(x < -87.3365f, splat(0.0f), value));
   return choose(x != x, x, bounded);
 }

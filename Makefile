@@ -1,0 +1,61 @@
+# Two commands: `make demo` and `make test`. Each target sets up .venv first, again only when what it
+# depends on has changed. TORCH and PYTHON can be overridden: make test TORCH=torch==2.12.0
+TORCH ?= torch==2.13.0
+TRANSFORMERS_LATEST ?= transformers==5.23.0
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(abspath $(VENV))/bin
+PIP := PATH="$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check install -q
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+LATEST := $(abspath $(VENV))/transformers-latest
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: setup demo test test-all test-latest lint format bench clean
+
+setup: $(VENV)/.built
+
+$(VENV)/.tools: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) -c constraints.txt cmake ninja pybind11 setuptools wheel
+	touch $@
+
+# Editable, so only the C++ is ever built again.
+$(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+# The newest transformers, beside the pinned one.
+$(LATEST)/.installed: $(VENV)/.built Makefile
+	rm -rf $(LATEST)
+	$(PIP) --no-deps --target $(LATEST) "$(TRANSFORMERS_LATEST)"
+	touch $@
+
+demo: setup
+	$(BIN)/cdrop demo --out demo.png
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+test: lint test-latest test-all
+
+test-all: setup
+	$(PYTEST)
+
+test-latest: $(LATEST)/.installed
+	PYTHONPATH=$(LATEST) $(PYTEST) python_tests/hf
+
+bench: setup
+	$(PYTEST) benchmarks --benchmark-only
+
+clean:
+	rm -rf $(VENV) build consensusdrop_kernels/*.so *.egg-info
