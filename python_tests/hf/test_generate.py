@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 import consensusdrop_kernels.hf.hooks as hooks
 from consensusdrop_kernels.hf import patch
@@ -316,9 +317,19 @@ def test_static_cache_without_padding() -> None:
     with patch(model, ConsensusDrop(keep=KEEP)):
         want = generate(model, batch(SHORT), images)
         options = {"cache_implementation": "static", "disable_compile": True}
-        for _ in range(2):  # generate uses the same cache again, reset
-            out = generate(model, batch(SHORT), images, **options)
+        out = generate(model, batch(SHORT), images, **options)
+        assert torch.equal(out.sequences, want.sequences)
+
+
+def test_a_reset_cache_has_forgotten_the_pruning() -> None:
+    model, images = random_llava(), pixels(1)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        want = generate(model, batch(SHORT), images)
+        for _ in range(2):
+            out = generate(model, batch(SHORT), images, past_key_values=cache, disable_compile=True)
             assert torch.equal(out.sequences, want.sequences)
+            cache.reset()
 
 
 @pytest.mark.parametrize("beams", [1, 2])

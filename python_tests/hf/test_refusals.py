@@ -107,6 +107,19 @@ def test_another_turn_on_a_pruned_cache() -> None:
 
 
 @torch.no_grad()
+def test_several_tokens_at_positions_that_do_not_continue() -> None:
+    model, more = random_llava(), torch.tensor([[5, 6]])
+    with patch(model, METHOD):
+        cache = model(input_ids=torch.tensor([WORDS]), pixel_values=pixels(1)).past_key_values
+        for first in (len(WORDS) - 1, len(WORDS) + 1):
+            where = torch.tensor([[first, first + 1]])
+            with pytest.raises(NotImplementedError, match="do not continue the pruned cache"):
+                model(input_ids=more, position_ids=where, past_key_values=cache)
+        where = torch.tensor([[len(WORDS), len(WORDS) + 1]])
+        model(input_ids=more, position_ids=where, past_key_values=cache)
+
+
+@torch.no_grad()
 def test_another_turn_by_hand_continues() -> None:
     """The new tokens alone, with right positions or none, are a continuation like any other."""
     model = random_llava()
