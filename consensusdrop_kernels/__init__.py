@@ -15,12 +15,14 @@ from .ops import Backend, backends, use_backend
 
 if TYPE_CHECKING:
     from .hf import Handle, patch, unpatch
-    from .methods import ConsensusDrop
+    from .methods import ConsensusDrop, Method, Random
 
 __all__ = [
     "Backend",
     "ConsensusDrop",
     "Handle",
+    "Method",
+    "Random",
     "__version__",
     "attention_saliency",
     "backends",
@@ -33,7 +35,8 @@ __all__ = [
 ]
 
 # Imported when first asked for: transformers takes seconds, and the ops do not need it.
-_LAZY = {"ConsensusDrop": "methods", "Handle": "hf", "patch": "hf", "unpatch": "hf"}
+_LAZY = dict.fromkeys(("ConsensusDrop", "Method", "Random"), "methods")
+_LAZY |= dict.fromkeys(("Handle", "patch", "unpatch"), "hf")
 
 
 def __getattr__(name: str) -> Any:

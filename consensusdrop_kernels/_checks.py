@@ -9,7 +9,9 @@ argument, what it must be, and what it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,62 +29,82 @@ def _shape(t: Tensor) -> str:
     return "[" + ", ".join(str(int(n)) for n in t.shape) + "]"
 
 
-def _check(ok: bool, argument: str, must: str, got: object) -> None:
+def _layout(**sizes: int | None) -> str:
+    """`[B=2, Hk, d=64]`: names, with the sizes that are fixed. `PN` reads `P+N`."""
+    names = (n.replace("PN", "P+N") + ("" if s is None else f"={int(s)}") for n, s in sizes.items())
+    return "[" + ", ".join(names) + "]"
+
+
+def _check(ok: bool, argument: str, must: str | Callable[[], str], got: Callable[[], Any]) -> None:
+    """The texts are made only when they are needed: printing a size would make `torch.compile`
+    compile for that size alone."""
     if not ok:
-        raise RuntimeError(f"{argument} must {must}, got {got}")
+        text = must if isinstance(must, str) else must()
+        raise RuntimeError(f"{argument} must {text}, got {got()}")
 
 
-def _check_float(t: Tensor, name: str, rank: int, layout: str) -> None:
-    _check(t.dtype in FLOATS, name, "be float32, float16 or bfloat16", _name(t.dtype))
-    _check(t.dim() == rank, name, f"be {layout}", _shape(t))
+def _check_float(t: Tensor, name: str, rank: int, layout: str | Callable[[], str]) -> None:
+    _check(t.dtype in FLOATS, name, "be float32, float16 or bfloat16", lambda: _name(t.dtype))
+    _check_shape(t, name, t.dim() == rank, layout)
 
 
-def _check_device(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
+def _check_shape(t: Tensor, name: str, ok: bool, layout: str | Callable[[], str]) -> None:
     _check(
-        t.device == like.device, name, f"be on the device of {like_name} ({like.device})", t.device
+        ok,
+        name,
+        lambda: f"be {layout if isinstance(layout, str) else layout()}",
+        lambda: _shape(t),
     )
 
 
-def _check_like(t: Tensor, name: str, dtype: torch.dtype, want: Sequence[int], layout: str) -> None:
-    """An auxiliary tensor: one dtype, one exact shape."""
-    _check(t.dtype == dtype, name, f"be {_name(dtype)}", _name(t.dtype))
-    ok = t.dim() == len(want) and all(a == b for a, b in zip(t.shape, want, strict=True))
-    _check(ok, name, f"be {layout}", _shape(t))
+def _check_device(t: Tensor, name: str, like: Tensor, like_name: str) -> None:
+    must = f"be on the device of {like_name} ({like.device})"
+    _check(t.device == like.device, name, must, lambda: t.device)
+
+
+def _check_like(
+    t: Tensor, name: str, dtype: torch.dtype, like: Tensor, like_name: str, **want: int
+) -> None:
+    """An auxiliary tensor: one dtype, one exact shape, the device of a main one."""
+    _check(t.dtype == dtype, name, f"be {_name(dtype)}", lambda: _name(t.dtype))
+    _check_shape(t, name, _has_shape(t, *want.values()), lambda: _layout(**want))
+    _check_device(t, name, like, like_name)
+
+
+def _has_shape(t: Tensor, *want: int) -> bool:
+    return t.dim() == len(want) and all(a == b for a, b in zip(t.shape, want, strict=True))
 
 
 def _check_unit_stride(t: Tensor, name: str) -> None:
     if t.shape[-1] > 1 and t.numel() > 0:
-        _check(t.stride(-1) == 1, name, "have a last stride of 1", t.stride(-1))
+        _check(t.stride(-1) == 1, name, "have a last stride of 1", lambda: t.stride(-1))
 
 
 def _check_number(value: float, name: str) -> None:
-    _check(math.isfinite(value), name, "be finite", f"{value:g}")
+    _check(math.isfinite(value), name, "be finite", lambda: f"{value:g}")
 
 
 def _check_unit(value: float, name: str) -> None:
-    _check(0.0 <= value <= 1.0, name, "be in 0..1", f"{value:g}")
+    _check(0.0 <= value <= 1.0, name, "be in 0..1", lambda: f"{value:g}")
 
 
 def _check_choice(value: str, name: str, choices: Sequence[str]) -> None:
-    _check(value in choices, name, f"be one of {', '.join(choices)}", f'"{value}"')
+    _check(value in choices, name, f"be one of {', '.join(choices)}", lambda: f'"{value}"')
 
 
 def has_values(t: Tensor) -> bool:
     """Whether the op may look at the values of `t`: on the CPU always, elsewhere it would
     synchronise, so only under `CDROP_CHECK=1`; never for a fake or meta tensor."""
-    import os
-
     if t.is_meta or isinstance(t, torch._subclasses.FakeTensor):
         return False
     return t.device.type == "cpu" or os.environ.get("CDROP_CHECK") == "1"
 
 
-def _check_weight_values(w: Tensor | None, name: str) -> None:
-    if w is None or not has_values(w):
+def _check_weight_values(w: Tensor, name: str) -> None:
+    if not has_values(w):
         return
     bad = ~(w >= 0) | torch.isinf(w)
-    if bad.any():
-        _check(False, name, "be finite and >= 0", f"{w[bad][0].item():g}")
+    _check(not bad.any(), name, "be finite and >= 0", lambda: f"{w[bad][0].item():g}")
 
 
 def attention(
@@ -100,50 +122,37 @@ def attention(
     """Checks of `attention_saliency`; `names` renames its arguments for `select_merge`."""
     say = {n: n for n in ("q", "k", "scale", "lse", "key_valid", "query_weight", "reduce")}
     say |= names or {}
-    _check_float(q, say["q"], 4, "[B, Hq, M, d]")
-    _check_float(k, say["k"], 4, "[B, Hk, P+N, d]")
+    qn, kn = say["q"], say["k"]
+    _check_float(q, qn, 4, "[B, Hq, M, d]")
+    _check_float(k, kn, 4, "[B, Hk, P+N, d]")
     _check(
-        k.dtype == q.dtype,
-        say["k"],
-        f"have the dtype of {say['q']} ({_name(q.dtype)})",
-        _name(k.dtype),
+        k.dtype == q.dtype, kn, f"have the dtype of {qn} ({_name(q.dtype)})", lambda: _name(k.dtype)
     )
-    _check_device(k, say["k"], q, say["q"])
+    _check_device(k, kn, q, qn)
     batch, heads, rows, width = q.shape
-    _check(
-        heads >= 1 and rows >= 1 and width >= 1,
-        say["q"],
-        "have at least one head, one row and one column",
-        _shape(q),
-    )
+    some = heads >= 1 and rows >= 1 and width >= 1
+    _check(some, qn, "have at least one head, one row and one column", lambda: _shape(q))
     ok = k.shape[0] == batch and k.shape[3] == width and k.shape[1] >= 1
-    layout = f"be [B={int(batch)}, Hk, P+N, d={int(width)}]"
-    _check(ok, say["k"], layout, _shape(k))
+    _check_shape(k, kn, ok, lambda: _layout(B=batch, Hk=None, PN=None, d=width))
     _check(
         heads % k.shape[1] == 0,
-        f"the heads of {say['q']}",
-        f"be a multiple of the heads of {say['k']} ({int(k.shape[1])})",
-        int(heads),
+        f"the heads of {qn}",
+        lambda: f"be a multiple of the heads of {kn} ({int(k.shape[1])})",
+        lambda: int(heads),
     )
     keys = k.shape[2]
-    _check(0 <= prefix < keys, "prefix", f"be in 0..P+N-1={int(keys) - 1}", prefix)
-    _check_unit_stride(q, say["q"])
-    _check_unit_stride(k, say["k"])
+    _check(0 <= prefix < keys, "prefix", lambda: f"be in 0..P+N-1={int(keys) - 1}", lambda: prefix)
+    _check_unit_stride(q, qn)
+    _check_unit_stride(k, kn)
     if scale is not None:
         _check_number(scale, say["scale"])
     _check_choice(reduce, say["reduce"], REDUCES)
     if lse is not None:
-        want = f"[B={int(batch)}, Hq={int(heads)}, M={int(rows)}]"
-        _check_like(lse, say["lse"], torch.float32, (batch, heads, rows), want)
-        _check_device(lse, say["lse"], q, say["q"])
+        _check_like(lse, say["lse"], torch.float32, q, qn, B=batch, Hq=heads, M=rows)
     if key_valid is not None:
-        want = f"[B={int(batch)}, P+N={int(keys)}]"
-        _check_like(key_valid, say["key_valid"], torch.bool, (batch, keys), want)
-        _check_device(key_valid, say["key_valid"], q, say["q"])
+        _check_like(key_valid, say["key_valid"], torch.bool, q, qn, B=batch, PN=keys)
     if query_weight is not None:
-        want = f"[B={int(batch)}, M={int(rows)}]"
-        _check_like(query_weight, say["query_weight"], torch.float32, (batch, rows), want)
-        _check_device(query_weight, say["query_weight"], q, say["q"])
+        _check_like(query_weight, say["query_weight"], torch.float32, q, qn, B=batch, M=rows)
         _check_weight_values(query_weight, say["query_weight"])
 
 
@@ -161,50 +170,55 @@ def selection(
     priority_keep: int,
 ) -> None:
     """Checks of the choice that `consensus_select` and `select_merge` share."""
-    _check(1 <= keep <= tokens, "keep", f"be in 1..N={int(tokens)}", keep)
+    _check(1 <= keep <= tokens, "keep", lambda: f"be in 1..N={int(tokens)}", lambda: keep)
     _check_unit(alpha, "alpha")
     _check_choice(fusion, "fusion", FUSIONS)
     if valid is not None:
-        want = f"[B={int(batch)}, N={int(tokens)}]"
-        _check_like(valid, "valid", torch.bool, (batch, tokens), want)
-        _check_device(valid, "valid", like, like_name)
-    _check(0 <= priority_keep <= keep, "priority_keep", f"be in 0..keep={keep}", priority_keep)
-    if priority_keep > 0:
-        _check(
-            priority is not None, "priority", f"be given with priority_keep={priority_keep}", "None"
-        )
+        _check_like(valid, "valid", torch.bool, like, like_name, B=batch, N=tokens)
+    must = f"be in 0..keep={keep}"
+    _check(0 <= priority_keep <= keep, "priority_keep", must, lambda: priority_keep)
+    given = priority_keep == 0 or priority is not None
+    _check(given, "priority", f"be given with priority_keep={priority_keep}", lambda: "None")
     if priority is not None:
-        shape = (tokens,) if priority.dim() == 1 else (batch, tokens)
-        want = f"[N={int(tokens)}] or [B={int(batch)}, N={int(tokens)}]"
-        _check_like(priority, "priority", torch.float32, shape, want)
+        _check(
+            priority.dtype == torch.float32, "priority", "be float32", lambda: _name(priority.dtype)
+        )
+        _check_shape(
+            priority,
+            "priority",
+            _has_shape(priority, tokens) or _has_shape(priority, batch, tokens),
+            lambda: f"{_layout(N=tokens)} or {_layout(B=batch, N=tokens)}",
+        )
         _check_device(priority, "priority", like, like_name)
 
 
 def scores(visual: Tensor, textual: Tensor | None) -> None:
     """Checks of the score lists of `consensus_select`."""
-    _check(visual.dtype == torch.float32, "visual", "be float32", _name(visual.dtype))
-    _check(visual.dim() == 2, "visual", "be [B, N]", _shape(visual))
+    _check(visual.dtype == torch.float32, "visual", "be float32", lambda: _name(visual.dtype))
+    _check_shape(visual, "visual", visual.dim() == 2, "[B, N]")
     if textual is not None:
         batch, tokens = visual.shape
-        want = f"[B={int(batch)}, N={int(tokens)}]"
-        _check_like(textual, "textual", torch.float32, (batch, tokens), want)
-        _check_device(textual, "textual", visual, "visual")
+        _check_like(textual, "textual", torch.float32, visual, "visual", B=batch, N=tokens)
 
 
 def merge_metric(x: Tensor, metric: Tensor) -> None:
     """Checks of the tokens and of the vectors that say which are alike."""
     _check_float(x, "x", 3, "[B, N, D]")
     batch, tokens = x.shape[:2]
-    _check_float(metric, "metric", 3, f"[B={int(batch)}, N={int(tokens)}, F]")
+
+    def layout() -> str:
+        return _layout(B=batch, N=tokens, F=None)
+
+    _check_float(metric, "metric", 3, layout)
     ok = metric.shape[0] == batch and metric.shape[1] == tokens and metric.shape[2] >= 1
-    _check(ok, "metric", f"be [B={int(batch)}, N={int(tokens)}, F]", _shape(metric))
+    _check_shape(metric, "metric", ok, layout)
     _check_device(metric, "metric", x, "x")
 
 
 def merge_options(contextual: int, threshold: float, blend: float) -> None:
     """Checks of the numbers that `token_merge` and `select_merge` share."""
-    _check(contextual >= 0, "contextual", "be >= 0", contextual)
-    _check(not math.isnan(threshold), "threshold", "be a number", "nan")
+    _check(contextual >= 0, "contextual", "be >= 0", lambda: contextual)
+    _check(not math.isnan(threshold), "threshold", "be a number", lambda: "nan")
     _check_unit(blend, "blend")
 
 
@@ -222,42 +236,42 @@ def merge(
     """Checks of `token_merge`, values included where `has_values` allows."""
     merge_metric(x, metric)
     batch, tokens = x.shape[:2]
-    _check(index.dtype == torch.int64, "index", "be int64", _name(index.dtype))
+    _check(index.dtype == torch.int64, "index", "be int64", lambda: _name(index.dtype))
     ok = index.dim() == 2 and index.shape[0] == batch and 1 <= index.shape[1] <= tokens
-    _check(ok, "index", f"be [B={int(batch)}, K] with K in 1..N={int(tokens)}", _shape(index))
+    _check_shape(
+        index, "index", ok, lambda: f"{_layout(B=batch, K=None)} with K in 1..N={int(tokens)}"
+    )
     _check_device(index, "index", x, "x")
     merge_options(contextual, threshold, blend)
-    want = f"[B={int(batch)}, N={int(tokens)}]"
     if weight is not None:
-        _check_like(weight, "weight", torch.float32, (batch, tokens), want)
-        _check_device(weight, "weight", x, "x")
+        _check_like(weight, "weight", torch.float32, x, "x", B=batch, N=tokens)
         _check_weight_values(weight, "weight")
     if valid is not None:
-        _check_like(valid, "valid", torch.bool, (batch, tokens), want)
-        _check_device(valid, "valid", x, "x")
+        _check_like(valid, "valid", torch.bool, x, "x", B=batch, N=tokens)
     if has_values(index):
         _merge_index_values(index, tokens, valid)
 
 
 def _merge_index_values(index: Tensor, tokens: int, valid: Tensor | None) -> None:
     bad = (index < -1) | (index >= tokens)
-    if bad.any():
-        _check(
-            False,
-            "index",
-            f"be in 0..N-1={tokens - 1}, or -1 for an empty slot",
-            index[bad][0].item(),
-        )
+    must = f"be in 0..N-1={tokens - 1}, or -1 for an empty slot"
+    _check(not bad.any(), "index", must, lambda: index[bad][0].item())
     ordered = index.sort(dim=1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if twice.any():
-        token = ordered[:, 1:][twice][0].item()
-        _check(False, "index", "name each token once", f"token {token} twice")
+    _check(
+        not twice.any(),
+        "index",
+        "name each token once",
+        lambda: f"token {ordered[:, 1:][twice][0].item()} twice",
+    )
     if valid is not None:
         unfit = (index >= 0) & ~valid.gather(1, index.clamp_min(0))
-        if unfit.any():
-            token = index[unfit][0].item()
-            _check(False, "index", "name valid tokens only", f"token {token}, which is not")
+        _check(
+            not unfit.any(),
+            "index",
+            "name valid tokens only",
+            lambda: f"token {index[unfit][0].item()}, which is not",
+        )
 
 
 def fused(
@@ -289,55 +303,39 @@ def fused(
     _check_float(x, "x", 3, "[B, N, D]")
     batch, tokens = x.shape[:2]
     _check_device(q_vis, "q_vis", x, "x")
-    attention(
-        q_vis,
-        k_vis,
-        scale=scale_vis,
-        lse=lse_vis,
-        prefix=prefix,
-        names={"q": "q_vis", "k": "k_vis", "scale": "scale_vis", "lse": "lse_vis"},
-    )
-    _check_keys_fit(k_vis, "k_vis", batch, tokens + prefix, f"P+N={int(tokens + prefix)}")
-    given = {"q_txt": q_txt, "k_txt": k_txt}
-    for name, other in (("q_txt", "k_txt"), ("k_txt", "q_txt")):
-        if given[name] is None and given[other] is not None:
-            _check(False, name, f"be given with {other}", "None")
+    names = {"q": "q_vis", "k": "k_vis", "scale": "scale_vis", "lse": "lse_vis"}
+    attention(q_vis, k_vis, scale=scale_vis, lse=lse_vis, prefix=prefix, names=names)
+    _check_keys_fit(k_vis, "k_vis", batch, tokens + prefix, "P+N")
+    _check(q_txt is not None or k_txt is None, "q_txt", "be given with k_txt", lambda: "None")
+    _check(k_txt is not None or q_txt is None, "k_txt", "be given with q_txt", lambda: "None")
     if q_txt is None or k_txt is None:
         for name, tensor in (("lse_txt", lse_txt), ("txt_weight", txt_weight)):
-            _check(tensor is None, name, "be None without q_txt", "a tensor")
+            _check(tensor is None, name, "be None without q_txt", lambda: "a tensor")
         _check_choice(txt_reduce, "txt_reduce", REDUCES)
     else:
         _check_device(q_txt, "q_txt", x, "x")
         names = {"q": "q_txt", "k": "k_txt", "scale": "scale_txt", "lse": "lse_txt"}
         names |= {"query_weight": "txt_weight", "reduce": "txt_reduce"}
         attention(
-            q_txt,
-            k_txt,
-            scale=scale_txt,
-            lse=lse_txt,
-            query_weight=txt_weight,
-            reduce=txt_reduce,
-            names=names,
-        )
-        _check_keys_fit(k_txt, "k_txt", batch, tokens, f"N={int(tokens)}")
+            q_txt, k_txt, scale=scale_txt, lse=lse_txt, query_weight=txt_weight,
+            reduce=txt_reduce, names=names,
+        )  # fmt: skip
+        _check_keys_fit(k_txt, "k_txt", batch, tokens, "N")
     if metric is not None:
         merge_metric(x, metric)
     selection(
-        batch,
-        tokens,
-        x,
-        "x",
-        keep=keep,
-        alpha=alpha,
-        fusion=fusion,
-        valid=valid,
-        priority=priority,
-        priority_keep=priority_keep,
-    )
+        batch, tokens, x, "x", keep=keep, alpha=alpha, fusion=fusion, valid=valid,
+        priority=priority, priority_keep=priority_keep,
+    )  # fmt: skip
     merge_options(contextual, threshold, blend)
 
 
 def _check_keys_fit(k: Tensor, name: str, batch: int, keys: int, keys_name: str) -> None:
     """The keys of `select_merge` belong to the tokens of `x`."""
     ok = k.shape[0] == batch and k.shape[2] == keys
-    _check(ok, name, f"be [B={int(batch)}, Hk, {keys_name}, d] to match x", _shape(k))
+    _check(
+        ok,
+        name,
+        lambda: f"be [B={int(batch)}, Hk, {keys_name}={int(keys)}, d] to match x",
+        lambda: _shape(k),
+    )

@@ -38,6 +38,9 @@ def attention_saliency(
     keys = k.shape[2]
     scale = width**-0.5 if scale is None else scale
     weight = torch.ones(batch, rows, device=q.device) if query_weight is None else query_weight
+    # In float64, where no sum of float32 weights overflows or vanishes.
+    share = weight / weight.double().sum(1, keepdim=True)
+    share = share.masked_fill(weight == 0, 0.0).float()
     masked = torch.zeros(batch, rows, keys, dtype=torch.bool, device=q.device)
     if key_valid is not None:
         masked = masked | ~key_valid[:, None, :]
@@ -53,12 +56,8 @@ def attention_saliency(
         row_lse = s.logsumexp(-1) if lse is None else lse[:, h]
         off = masked | row_lse.isinf()[:, :, None] | ~counted
         p = (s - row_lse[:, :, None]).exp().masked_fill(off, 0.0)[:, :, prefix:]
-        out += (p * weight[:, :, None]).sum(1) if reduce == "mean" else p.amax(1)
-    out /= heads
-    if reduce == "mean":
-        total = weight.sum(1, keepdim=True)
-        out = torch.where(total > 0, out / total, 0.0)
-    return out
+        out += (p * share[:, :, None]).sum(1) if reduce == "mean" else p.amax(1)
+    return out / heads
 
 
 def _order(valid: Tensor, *keys: Tensor) -> Tensor:
@@ -91,15 +90,17 @@ def _fuse(v: Tensor, t: Tensor, valid: Tensor, alpha: float, fusion: str) -> Ten
         return torch.where(by == 0, 0.0, a / by)
 
     def total(a: Tensor) -> Tensor:
-        return a.masked_fill(~good, 0.0).sum(1, keepdim=True)
+        """Sums are taken in float64: equal scores must have a deviation of exactly 0."""
+        return a.double().masked_fill(~good, 0.0).sum(1, keepdim=True)
 
     def share(a: Tensor) -> Tensor:
-        return safe_divide(a, total(a))
+        return safe_divide(a, total(a).float())
 
     def standard(a: Tensor) -> Tensor:
         count = good.sum(1, keepdim=True)
-        centred = a - safe_divide(total(a), count)
-        return safe_divide(centred, safe_divide(total(centred * centred), count).sqrt())
+        mean = safe_divide(total(a), count)
+        deviation = safe_divide(total((a.double() - mean).square()), count).sqrt()
+        return safe_divide(a - mean.float(), deviation.float())
 
     def min_max(a: Tensor) -> Tensor:
         low = a.masked_fill(~good, torch.inf).amin(1, keepdim=True)
@@ -171,12 +172,14 @@ def contextual_slots(dropped: Tensor, contextual: int) -> Tensor:
 def _nearest(metric: Tensor, slots: Tensor, joins: Tensor, threshold: float) -> Tensor:
     """Slot number `[B, N]` each joining token is most similar to (cosine; ties to the slot of the
     lower token; NaN counts as -2), -1 where it joins none."""
-    unit = metric.float()
-    unit = unit / unit.norm(dim=2, keepdim=True).clamp_min(1e-12)
+    # In float64 and then rounded, so that equal vectors have equal cosines whatever the order in
+    # which a matmul adds.
+    unit = metric.double()
+    unit = unit / unit.norm(dim=2, keepdim=True).masked_fill(~metric.any(2, keepdim=True), 1.0)
     order = slots.masked_fill(slots < 0, metric.shape[1]).sort(dim=1).indices  # lower tokens first
     token = slots.gather(1, order)
     there = unit.gather(1, token.clamp_min(0)[:, :, None].expand(-1, -1, unit.shape[2]))
-    cosine = (unit @ there.transpose(1, 2)).clamp(-1.0, 1.0)
+    cosine = (unit @ there.transpose(1, 2)).float().clamp(-1.0, 1.0)
     cosine = cosine.masked_fill(cosine.isnan(), -2.0).masked_fill((token < 0)[:, None, :], -3.0)
     best, at = cosine.max(dim=2)
     found = joins & (best >= threshold) & (token >= 0).any(1, keepdim=True)
@@ -192,24 +195,29 @@ def _weighted_mean(
     there = own.clamp_min(0)
     is_own = torch.zeros_like(assign, dtype=torch.bool)
     is_own = is_own.scatter_reduce(1, there, own >= 0, "amax")
-    row = torch.arange(batch, device=x.device)[:, None].expand(batch, tokens)
-
-    def gathered(value: Tensor, select: Tensor) -> Tensor:
-        """Sum of `value` per slot over the selected tokens, in ascending token order."""
-        total = torch.zeros(batch, slots, *value.shape[2:], device=x.device)
-        return total.index_put((row[select], assign[select]), value[select], accumulate=True)
-
     joined = (assign >= 0) & ~is_own & (weight > 0)
-    own_weight = weight.gather(1, there).masked_fill(own < 0, 0.0)
-    joined_weight = gathered(weight, joined)
+
+    # Tokens sorted by the slot they joined (those that joined none last), so that each slot's sum
+    # runs over its tokens in ascending order: deterministic on every device.
+    bucket = assign.masked_fill(~joined, slots)
+    order = bucket.sort(dim=1, stable=True).indices
+    lengths = torch.zeros(batch, slots + 1, dtype=torch.int64, device=x.device)
+    lengths = lengths.scatter_add(1, bucket, torch.ones_like(bucket))
+
+    def per_slot(value: Tensor) -> Tensor:
+        flat = value.gather(1, order[:, :, None].expand_as(value)).flatten(0, 1)
+        total = torch.segment_reduce(flat, "sum", lengths=lengths.flatten(), unsafe=True)
+        return total.view(batch, slots + 1, value.shape[2])[:, :slots]
+
+    joined_weight = per_slot(weight[:, :, None])
+    add = blend * per_slot(weight[:, :, None] * x.float())
+    own_weight = weight.gather(1, there).masked_fill(own < 0, 0.0)[:, :, None]
     x_own = x.gather(1, there[:, :, None].expand(-1, -1, width))
-    add = blend * gathered(weight[:, :, None] * x.float(), joined)
-    mean = (own_weight[:, :, None] * x_own.float() + add) / (own_weight + blend * joined_weight)[
-        :, :, None
-    ]
-    alone = (blend * joined_weight == 0)[:, :, None]
-    out = torch.where(alone, x_own, mean.to(x.dtype)).masked_fill((own < 0)[:, :, None], 0.0)
-    return out, own_weight + joined_weight
+    own_part = torch.where(own_weight > 0, own_weight * x_own.float(), 0.0)
+    mean = (own_part + add) / (own_weight + blend * joined_weight)
+    out = torch.where(blend * joined_weight == 0, x_own, mean.to(x.dtype))
+    size = (own_weight + joined_weight)[:, :, 0]
+    return out.masked_fill((own < 0)[:, :, None], 0.0), size
 
 
 def _merge(

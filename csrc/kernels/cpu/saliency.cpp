@@ -3,27 +3,52 @@
 #include <algorithm>
 
 namespace cdrop::cpu {
-
 SaliencyWork::SaliencyWork(const SaliencyParams& params)
     : params_(params), group_(params.query_heads / params.key_heads) {
-  // Split a key head's rows where heads alone would not fill a machine. By shape only, never by the
-  // number of threads: that keeps the result the same to the bit. A maximum is over the rows of one
-  // head, so there a part is whole heads.
+  // How much one task takes depends on the shape alone, never on the number of threads: that keeps
+  // the result the same to the bit. Few heads of many rows are split by rows (a maximum is over the
+  // rows of one head, so there a part is whole heads); many heads of few rows are taken together.
+  const int64_t group_rows = group_ * params.rows;
   const int64_t unit = params.reduce == Reduce::kMax ? params.rows : kMaxRowBlock;
-  const int64_t units = (group_ * params.rows + unit - 1) / unit;
-  const int64_t heads = std::max<int64_t>(1, params.batch * params.key_heads);
-  const int64_t wanted = std::clamp<int64_t>(64 / heads, 1, 8);
+  const int64_t units = (group_rows + unit - 1) / unit;
+  const int64_t all_heads = std::max<int64_t>(1, params.batch * params.key_heads);
+  const int64_t wanted = std::clamp<int64_t>(64 / all_heads, 1, 8);
   const int64_t per_part = (units + wanted - 1) / wanted;
   part_rows_ = per_part * unit;
   parts_ = (units + per_part - 1) / per_part;
+  heads_ = 1;
+  if (group_rows <= simd().row_block) {
+    parts_ = 1;
+    part_rows_ = group_rows;
+    const int64_t most =
+        std::min({kMaxTaskHeads, 2 * simd().row_block / group_rows, params.key_heads});
+    // Only where the rows of one head lie pages apart.
+    const int64_t size = params.k.dtype == DType::kFloat32 ? 4 : 2;
+    if (params.k.stride[2] * size >= 2048) heads_ = std::clamp<int64_t>(all_heads / 16, 1, most);
+  }
   partial_ = Buffer<float>(tasks() * tokens());
+
+  // In float64, where no sum of float32 weights overflows or vanishes.
+  weight_ = Buffer<float>(params.batch * params.rows);
+  for (int64_t b = 0; b < params.batch; ++b) {
+    double total = 0.0;
+    const auto weight = [&](int64_t m) {
+      return params.query_weight ? params.query_weight.at(b, m) : 1.0f;
+    };
+    for (int64_t m = 0; m < params.rows; ++m) total += static_cast<double>(weight(m));
+    for (int64_t m = 0; m < params.rows; ++m) {
+      const double w = static_cast<double>(weight(m));
+      const bool mean = params.reduce == Reduce::kMean && w > 0.0;
+      weight_[b * params.rows + m] = static_cast<float>(mean ? w / total : w);
+    }
+  }
 }
 
 void SaliencyWork::run(int64_t task, float* scratch) const {
   const SaliencyParams& p = params_;
+  const int64_t b = task / tasks_of_sample();
   const int64_t part = task % parts_;
-  const int64_t key_head = task / parts_ % p.key_heads;
-  const int64_t b = task / parts_ / p.key_heads;
+  const int64_t key_head = task % tasks_of_sample() / parts_ * heads_;
   const int64_t size = p.q.dtype == DType::kFloat32 ? 4 : 2;
   const int64_t q_at = b * p.q.stride[0] + key_head * group_ * p.q.stride[1];
   const int64_t k_at = b * p.k.stride[0] + key_head * p.k.stride[1];
@@ -34,10 +59,14 @@ void SaliencyWork::run(int64_t task, float* scratch) const {
   t.dtype = p.q.dtype;
   t.q_head_stride = p.q.stride[1];
   t.q_row_stride = p.q.stride[2];
+  t.k_head_stride = p.k.stride[1];
   t.k_row_stride = p.k.stride[2];
   t.rows = p.rows;
+  t.key_heads = std::min(heads_, p.key_heads - key_head);
+  t.group_rows = group_ * p.rows;
   t.row_begin = part * part_rows_;
-  t.row_end = std::min(t.row_begin + part_rows_, group_ * p.rows);
+  t.row_end = std::min(t.row_begin + part_rows_, t.group_rows);
+  if (heads_ > 1) t.row_end = t.key_heads * t.group_rows;
   t.keys = p.keys;
   t.width = p.width;
   t.prefix = p.prefix;
@@ -54,10 +83,7 @@ void SaliencyWork::run(int64_t task, float* scratch) const {
     t.valid_stride = p.key_valid.stride[1];
     t.valid_from = p.valid_from;
   }
-  if (p.query_weight) {
-    t.weight = &p.query_weight.at(b, 0);
-    t.weight_stride = p.query_weight.stride[1];
-  }
+  t.weight = weight_.get() + b * p.rows;
   t.scratch = scratch;
   t.out = partial_.get() + task * tokens();
   simd().attention(t);
@@ -65,20 +91,14 @@ void SaliencyWork::run(int64_t task, float* scratch) const {
 
 void SaliencyWork::combine(int64_t sample, float* out) const {
   const int64_t n = tokens();
-  const int64_t per_sample = params_.key_heads * parts_;
+  const int64_t per_sample = tasks_of_sample();
   const float* from = partial_.get() + sample * per_sample * n;
   std::copy(from, from + n, out);
   for (int64_t part = 1; part < per_sample; ++part) {
     const float* add = from + part * n;
     for (int64_t i = 0; i < n; ++i) out[i] += add[i];
   }
-  float total = static_cast<float>(params_.rows);
-  if (params_.query_weight) {
-    total = 0.0f;
-    for (int64_t m = 0; m < params_.rows; ++m) total += params_.query_weight.at(sample, m);
-  }
-  float share = 1.0f / static_cast<float>(params_.query_heads);
-  if (params_.reduce == Reduce::kMean) share = total > 0.0f ? share / total : 0.0f;
+  const float share = 1.0f / static_cast<float>(params_.query_heads);
   for (int64_t i = 0; i < n; ++i) out[i] *= share;
 }
 

@@ -9,13 +9,15 @@
 
 namespace cdrop::cpu {
 
-// Rows of some query heads of one key head of one sample, against all its keys.
+// Rows of some query heads of one or a few key heads of one sample, against all keys.
 struct AttentionTask {
   const void* q;  // first head of the task, row 0
-  const void* k;  // the key head, key 0
+  const void* k;  // first key head of the task, key 0
   DType dtype;
-  int64_t q_head_stride, q_row_stride, k_row_stride;
+  int64_t q_head_stride, q_row_stride, k_head_stride, k_row_stride;
   int64_t rows;                // M, the rows of one head
+  int64_t key_heads;           // at most kMaxTaskHeads; more than 1 only if group_rows <= row_block
+  int64_t group_rows;          // rows of all the query heads of one key head
   int64_t row_begin, row_end;  // of the heads' rows one after another: head r / M, row r % M
   int64_t keys, width, prefix;
   float scale;
@@ -25,10 +27,9 @@ struct AttentionTask {
   int64_t lse_head_stride, lse_row_stride;
   const uint8_t* key_valid;  // of key `valid_from` on, or null
   int64_t valid_stride, valid_from;
-  const float* weight;  // of row 0, or null
-  int64_t weight_stride;
-  float* scratch;  // attention_scratch(keys, width) floats
-  float* out;      // [keys - prefix], written: the sum over the task's heads and rows
+  const float* weight;  // [rows]; rows of weight 0 are skipped
+  float* scratch;       // attention_scratch floats
+  float* out;           // [keys - prefix], written: the sum over the task's heads and rows
 };
 
 // The vectors that say which tokens of one sample are alike: the mean over heads of its rows.
@@ -71,6 +72,7 @@ struct MergeTask {
 constexpr int64_t kTokenBlock = 4;   // tokens the nearest-slot kernel takes at once
 constexpr int64_t kSlotBlock = 64;   // slots are padded to a multiple
 constexpr int64_t kMaxRowBlock = 8;  // query rows the attention kernel takes at once, at most
+constexpr int64_t kMaxTaskHeads = 8;
 constexpr int64_t kScratchPad = 32;  // room past the last key for a whole vector
 
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -78,13 +80,22 @@ inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // A row of `width` elements in units of `per`, an even number of them.
 inline int64_t row_units(int64_t width, int64_t per) { return padded((width + per - 1) / per, 2); }
 
-inline int64_t attention_scratch(int64_t keys, int64_t width) {
-  const int64_t logits = kMaxRowBlock * (padded(keys, kScratchPad) + kScratchPad);
-  return logits + (kMaxRowBlock + 1) * padded(width, kScratchPad) + keys;
+inline int64_t logits_stride(int64_t keys) { return padded(keys, kScratchPad) + kScratchPad; }
+
+// Rows of logits that a key head of a task has room for.
+inline int64_t task_rows(int64_t rows, int64_t key_heads) {
+  return key_heads == 1 || rows / key_heads > 2 ? kMaxRowBlock : rows / key_heads;
+}
+
+inline int64_t attention_scratch(int64_t keys, int64_t width, int64_t rows, int64_t key_heads) {
+  const int64_t row = padded(width, kScratchPad);
+  const int64_t head = kMaxRowBlock * row + task_rows(rows, key_heads) * logits_stride(keys);
+  return padded(keys, kScratchPad) + row + key_heads * head;
 }
 
 struct SimdKernels {
   const char* name;
+  int64_t row_block;  // query rows `attention` takes at once, at most kMaxRowBlock
   void (*attention)(const AttentionTask&);
   // Unit vectors of `tokens`, transposed into `slots` [width][padded] (columns past `count` zero).
   void (*slot_vectors)(const MetricRows&, const int32_t* tokens, int64_t count, float* slots,

@@ -25,25 +25,23 @@ CDROP_INLINE void fetch_row(const T* row, int64_t width) {
   for (int64_t c = 0; c < width; c += kLine) __builtin_prefetch(row + c);
 }
 
-// s[j] = <q, k[j]> for one row and all keys. kLanes dot products at a time, so that one transposing
+// s[j..j + kLanes) = <q, k[j]> for one row. kLanes dot products at a time, so that one transposing
 // reduction sums them all. `q` is padded with zeros to whole vectors.
 template <typename T>
-void one_row_products(const AttentionTask& task, const float* q, float* s) {
-  const T* k = static_cast<const T*>(task.k);
+void one_row_products(const AttentionTask& task, const T* k, int64_t j, const float* q, float* s) {
   const int64_t whole = task.width / kLanes * kLanes;
-  for (int64_t j = 0; j < task.keys; j += kLanes) {
-    Vec sum[kLanes] = {};
+  Vec sum[kLanes] = {};
 #pragma GCC unroll 16
-    for (int n = 0; n < kLanes; ++n) {
-      const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
-      const T* key = k + at * task.k_row_stride;
-      fetch_row(key + kLanes * task.k_row_stride, task.width);
-      for (int64_t c = 0; c < whole; c += kLanes) sum[n] += load(key + c) * load(q + c);
-      if (whole < task.width)
-        sum[n] += load_part(key + whole, task.width - whole) * load(q + whole);
+  for (int n = 0; n < kLanes; ++n) {
+    const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
+    const T* key = k + at * task.k_row_stride;
+    fetch_row(key + kLanes * task.k_row_stride, task.width);
+    for (int64_t c = 0; c < whole; c += kLanes) sum[n] += load(key + c) * load(q + c);
+    if (whole < task.width) {
+      sum[n] += load_part(key + whole, task.width - whole) * load(q + whole);
     }
-    store(s + j, lane_sums(sum));
   }
+  store(s + j, lane_sums(sum));
 }
 
 // How a block of rows is multiplied: in units of 32 bits, one float or (where the processor
@@ -90,58 +88,56 @@ CDROP_INLINE void stage_row(const T* from, int64_t width, float* to, int64_t uni
   }
 }
 
-// s[r][j] = <q[r], k[j]> for kRowBlock rows and all keys, kLanes keys at a time. `q` holds the rows
-// side by side: lane 2 r + e of vector c is unit 2 c + e of row r. A pair of a key's units is then
-// one 64-bit broadcast, and every lane of every product is needed.
+// s[r][j..j + kLanes) = <q[r], k[j]> for kRowBlock rows. `q` holds the rows side by side: lane
+// 2 r + e of vector c is unit 2 c + e of row r. A pair of a key's units is then one 64-bit
+// broadcast, and every lane of every product is needed.
 template <typename T>
-void block_products(const AttentionTask& task, const float* q, float* s, int64_t s_stride) {
+void block_products(const AttentionTask& task, const T* k, int64_t j, const float* q, float* s,
+                    int64_t s_stride) {
   using Unit = typename UnitOf<T>::type;
   typedef double Pairs __attribute__((vector_size(kLanes * 4)));
   constexpr int64_t kChunk = 128;  // units: a constant, so that one address reaches all keys
   alignas(64) float tile[kLanes * kChunk];
-  const T* k = static_cast<const T*>(task.k);
   const int64_t units = row_units(task.width, Unit::kPer);
-  for (int64_t j = 0; j < task.keys; j += kLanes) {
-    Vec sum[kLanes] = {};
-    for (int64_t from = 0; from < units; from += kChunk) {
-      const int64_t size = units - from < kChunk ? units - from : kChunk;
-      const int64_t left = task.width - from * Unit::kPer;
-      const int64_t width = left < kChunk * Unit::kPer ? left : kChunk * Unit::kPer;
-      for (int n = 0; n < kLanes; ++n) {
-        const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
-        const T* key = k + at * task.k_row_stride + from * Unit::kPer;
-        fetch_row(key + kLanes * task.k_row_stride, width);
-        stage_row(key, width, tile + n * kChunk, size);
-      }
-      for (int64_t c = 0; c < size; c += 2) {
-        const Vec rows = load(q + (from + c) * kRowBlock);
+  Vec sum[kLanes] = {};
+  for (int64_t from = 0; from < units; from += kChunk) {
+    const int64_t size = units - from < kChunk ? units - from : kChunk;
+    const int64_t left = task.width - from * Unit::kPer;
+    const int64_t width = left < kChunk * Unit::kPer ? left : kChunk * Unit::kPer;
+    for (int n = 0; n < kLanes; ++n) {
+      const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
+      const T* key = k + at * task.k_row_stride + from * Unit::kPer;
+      fetch_row(key + kLanes * task.k_row_stride, width);
+      stage_row(key, width, tile + n * kChunk, size);
+    }
+    for (int64_t c = 0; c < size; c += 2) {
+      const Vec rows = load(q + (from + c) * kRowBlock);
 #pragma GCC unroll 16
-        for (int n = 0; n < kLanes; ++n) {
-          double pair;
-          __builtin_memcpy(&pair, tile + n * kChunk + c, sizeof(pair));
-          sum[n] = Unit::multiply_add(sum[n], rows, reinterpret_cast<Vec>(pair - Pairs{}));
-        }
+      for (int n = 0; n < kLanes; ++n) {
+        double pair;
+        __builtin_memcpy(&pair, tile + n * kChunk + c, sizeof(pair));
+        sum[n] = Unit::multiply_add(sum[n], rows, reinterpret_cast<Vec>(pair - Pairs{}));
       }
     }
-    // Lane 2 r + e of sum[n]: add up e, then bring each row's keys together.
-    Vec t[kRowBlock];
-#pragma GCC unroll 8
-    for (int n = 0; n < kRowBlock; ++n) t[n] = pair_sums<1>(sum[2 * n], sum[2 * n + 1]);
-#pragma GCC unroll 8
-    for (int n = 0; n < kRowBlock; n += 2) exchange<2>(&t[n], &t[n + 1]);
-    if constexpr (kRowBlock >= 4) {
-#pragma GCC unroll 8
-      for (int n = 0; n < kRowBlock; ++n) {
-        if (!(n & 2)) exchange<4>(&t[n], &t[n + 2]);
-      }
-    }
-    if constexpr (kRowBlock >= 8) {
-#pragma GCC unroll 8
-      for (int n = 0; n < kRowBlock / 2; ++n) exchange<8>(&t[n], &t[n + kRowBlock / 2]);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRowBlock; ++r) store(s + r * s_stride + j, t[r]);
   }
+  // Lane 2 r + e of sum[n]: add up e, then bring each row's keys together.
+  Vec t[kRowBlock];
+#pragma GCC unroll 8
+  for (int n = 0; n < kRowBlock; ++n) t[n] = pair_sums<1>(sum[2 * n], sum[2 * n + 1]);
+#pragma GCC unroll 8
+  for (int n = 0; n < kRowBlock; n += 2) exchange<2>(&t[n], &t[n + 1]);
+  if constexpr (kRowBlock >= 4) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kRowBlock; ++n) {
+      if (!(n & 2)) exchange<4>(&t[n], &t[n + 2]);
+    }
+  }
+  if constexpr (kRowBlock >= 8) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kRowBlock / 2; ++n) exchange<8>(&t[n], &t[n + kRowBlock / 2]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRowBlock; ++r) store(s + r * s_stride + j, t[r]);
 }
 
 struct Row {
@@ -255,65 +251,106 @@ const T* query(const AttentionTask& task, const Row& row) {
          row.row * task.q_row_stride;
 }
 
-// Dot products of up to kRowBlock rows with all keys; `q` and `row` are scratch.
+// A few rows of one key head on their way to scores.
 template <typename T>
-void products(const AttentionTask& task, const Row* rows, int64_t count, float* q, float* row,
-              float* s, int64_t s_stride) {
-  if (count <= kRowBlock / 4 || count == 1) {
+struct Block {
+  Row rows[kRowBlock];
+  int64_t count;
+  const T* k;
+  float* q;  // the rows as the products want them
+  float* s;  // [kRowBlock][s_stride] logits
+};
+
+template <typename T>
+bool row_by_row(const Block<T>& block) {
+  return block.count == 1 || block.count <= kRowBlock / 4;
+}
+
+// Lay the block's rows out for one_row_products or block_products; `row` is scratch.
+template <typename T>
+void load_queries(const AttentionTask& task, const Block<T>& block, float* row) {
+  if (row_by_row(block)) {
     const int64_t size = padded(task.width, kLanes);
-    for (int64_t r = 0; r < count; ++r) {
-      const T* from = query<T>(task, rows[r]);
-      for (int64_t c = 0; c < size; ++c) q[c] = c < task.width ? to_float(from[c]) : 0.0f;
-      one_row_products<T>(task, q, s + r * s_stride);
+    for (int64_t r = 0; r < block.count; ++r) {
+      const T* from = query<T>(task, block.rows[r]);
+      float* to = block.q + r * size;
+      for (int64_t c = 0; c < size; ++c) to[c] = c < task.width ? to_float(from[c]) : 0.0f;
     }
     return;
   }
   const int64_t units = row_units(task.width, UnitOf<T>::type::kPer);
   for (int64_t r = 0; r < kRowBlock; ++r) {
-    stage_row(query<T>(task, rows[r < count ? r : 0]), task.width, row, units);
+    stage_row(query<T>(task, block.rows[r < block.count ? r : 0]), task.width, row, units);
     for (int64_t c = 0; c < units; c += 2) {
-      q[c * kRowBlock + 2 * r] = row[c];
-      q[c * kRowBlock + 2 * r + 1] = row[c + 1];
+      block.q[c * kRowBlock + 2 * r] = row[c];
+      block.q[c * kRowBlock + 2 * r + 1] = row[c + 1];
     }
   }
-  block_products<T>(task, q, s, s_stride);
 }
 
-// The next rows of weight > 0, at most kRowBlock of them.
-int64_t next_rows(const AttentionTask& task, int64_t* at, Row* rows) {
+template <typename T>
+void products(const AttentionTask& task, const Block<T>& block, int64_t j, int64_t s_stride) {
+  if (block.count == 0) return;
+  if (!row_by_row(block)) {
+    block_products<T>(task, block.k, j, block.q, block.s, s_stride);
+    return;
+  }
+  for (int64_t r = 0; r < block.count; ++r) {
+    one_row_products<T>(task, block.k, j, block.q + r * padded(task.width, kLanes),
+                        block.s + r * s_stride);
+  }
+}
+
+// The next rows of weight > 0 before `end`, at most kRowBlock of them.
+int64_t next_rows(const AttentionTask& task, int64_t* at, int64_t end, Row* rows) {
   int64_t n = 0;
-  for (; *at < task.row_end && n < kRowBlock; ++*at) {
-    const Row row{*at / task.rows, *at % task.rows,
-                  task.weight ? task.weight[(*at % task.rows) * task.weight_stride] : 1.0f};
+  for (; *at < end && n < kRowBlock; ++*at) {
+    const Row row{*at / task.rows, *at % task.rows, task.weight[*at % task.rows]};
     if (row.weight > 0.0f) rows[n++] = row;
   }
   return n;
 }
 
+// With several key heads, all their rows fit one block each, and each key's heads are read one
+// after another: where they alternate in memory, that is one long stretch.
 template <typename T>
 void attention_rows(const AttentionTask& task) {
-  const int64_t s_stride = padded(task.keys, kScratchPad) + kScratchPad;
+  const int64_t s_stride = logits_stride(task.keys);
+  const int64_t q_size = kMaxRowBlock * padded(task.width, kScratchPad);
   const int64_t count = task.keys - task.prefix;
-  float* s = task.scratch;
-  float* q = s + kMaxRowBlock * s_stride;
-  float* row = q + kMaxRowBlock * padded(task.width, kScratchPad);
-  float* most = row + padded(task.width, kScratchPad);  // over the rows of one head
+  float* most = task.scratch;  // over the rows of one head
+  float* row = most + padded(count, kScratchPad);
+  float* at_block = row + padded(task.width, kScratchPad);
+  Block<T> blocks[kMaxTaskHeads];
+  for (int64_t h = 0; h < task.key_heads; ++h) {
+    blocks[h].k = static_cast<const T*>(task.k) + h * task.k_head_stride;
+    blocks[h].q = at_block;
+    blocks[h].s = at_block + q_size;
+    at_block += q_size + task_rows(task.row_end - task.row_begin, task.key_heads) * s_stride;
+  }
   const bool by_max = task.reduce == Reduce::kMax;
   for (int64_t i = 0; i < count; ++i) task.out[i] = 0.0f;
   int64_t head = -1;
-  Row rows[kRowBlock];
-  for (int64_t at = task.row_begin;;) {
-    const int64_t n = next_rows(task, &at, rows);
-    if (n > 0) products<T>(task, rows, n, q, row, s, s_stride);
-    for (int64_t r = 0; r < n; ++r) {
-      if (by_max && rows[r].head != head) {
-        if (head >= 0) accumulate(task.out, most, count, 1.0f, Reduce::kMean);
-        for (int64_t i = 0; i < count; ++i) most[i] = 0.0f;
-        head = rows[r].head;
-      }
-      add_row(task, rows[r], s + r * s_stride, by_max ? most : task.out);
+  for (int64_t at = task.row_begin; at < task.row_end;) {
+    for (int64_t h = 0; h < task.key_heads; ++h) {
+      const int64_t end = task.row_end - (task.key_heads - 1 - h) * task.group_rows;
+      blocks[h].count = next_rows(task, &at, end, blocks[h].rows);
+      if (blocks[h].count > 0) load_queries(task, blocks[h], row);
     }
-    if (n == 0 || at >= task.row_end) break;
+    for (int64_t j = 0; j < task.keys; j += kLanes) {
+      for (int64_t h = 0; h < task.key_heads; ++h) products(task, blocks[h], j, s_stride);
+    }
+    for (int64_t h = 0; h < task.key_heads; ++h) {
+      for (int64_t r = 0; r < blocks[h].count; ++r) {
+        const Row& here = blocks[h].rows[r];
+        if (by_max && here.head != head) {
+          if (head >= 0) accumulate(task.out, most, count, 1.0f, Reduce::kMean);
+          for (int64_t i = 0; i < count; ++i) most[i] = 0.0f;
+          head = here.head;
+        }
+        add_row(task, here, blocks[h].s + r * s_stride, by_max ? most : task.out);
+      }
+    }
   }
   if (head >= 0) accumulate(task.out, most, count, 1.0f, Reduce::kMean);
 }
@@ -354,15 +391,34 @@ void metric_vector(const MetricRows& metric, int64_t token, float* out) {
   }
 }
 
-// Euclidean length, at least 1e-12 so that a zero vector has cosine 0 with everything.
-float norm(const float* v, int64_t width) {
-  Vec squares = {};
+// Bring the largest element to 1, so that no square overflows or vanishes, and return the length
+// the vector then has: 1 for a zero vector, whose cosine with everything is 0.
+float scale_and_measure(float* v, int64_t width) {
+  Vec most = {};
   const int64_t whole = width / kLanes * kLanes;
-  for (int64_t c = 0; c < whole; c += kLanes) squares += load(v + c) * load(v + c);
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    const Vec x = load(v + c), size = choose(x < 0.0f, -x, x);
+    most = choose(size > most, size, most);
+  }
+  float largest = 0.0f;
+  for (int l = 0; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
+  for (int64_t c = whole; c < width; ++c) {
+    const float size = v[c] < 0.0f ? -v[c] : v[c];
+    largest = size > largest ? size : largest;
+  }
+  if (largest == 0.0f) return 1.0f;  // or all NaN, which stays NaN
+  Vec squares = {};
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    const Vec x = load(v + c) / largest;
+    store(v + c, x);
+    squares += x * x;
+  }
   float total = sum_lanes(squares);
-  for (int64_t c = whole; c < width; ++c) total += v[c] * v[c];
-  const float length = __builtin_sqrtf(total);
-  return length < 1e-12f ? 1e-12f : length;
+  for (int64_t c = whole; c < width; ++c) {
+    v[c] /= largest;
+    total += v[c] * v[c];
+  }
+  return __builtin_sqrtf(total);
 }
 
 void slot_vectors(const MetricRows& metric, const int32_t* tokens, int64_t count, float* slots,
@@ -370,7 +426,7 @@ void slot_vectors(const MetricRows& metric, const int32_t* tokens, int64_t count
   for (int64_t i = 0; i < metric.width * padded; ++i) slots[i] = 0.0f;
   for (int64_t s = 0; s < count; ++s) {
     metric_vector(metric, tokens[s], scratch);
-    const float length = norm(scratch, metric.width);
+    const float length = scale_and_measure(scratch, metric.width);
     for (int64_t c = 0; c < metric.width; ++c) slots[c * padded + s] = scratch[c] / length;
   }
 }
@@ -416,8 +472,10 @@ void nearest(const NearestTask& task) {
   const int64_t width = task.metric.width;
   for (int64_t i = 0; i < task.count; i += kTokenBlock) {
     const int64_t here = task.count - i < kTokenBlock ? task.count - i : kTokenBlock;
+    float length[kTokenBlock];
     for (int64_t t = 0; t < kTokenBlock; ++t) {
       metric_vector(task.metric, task.joining[i + (t < here ? t : 0)], task.scratch + t * width);
+      length[t] = scale_and_measure(task.scratch + t * width, width);
     }
     Best best;
     for (int t = 0; t < kTokenBlock; ++t) {
@@ -438,7 +496,7 @@ void nearest(const NearestTask& task) {
       if (task.always) {
         slot = slot < 0 ? 0 : slot;
       } else if (slot >= 0) {
-        const float cosine = value / norm(task.scratch + t * width, width);
+        const float cosine = value / length[t];
         if (!((cosine < -1.0f ? -1.0f : cosine > 1.0f ? 1.0f : cosine) >= task.threshold))
           slot = -1;
       }
@@ -533,7 +591,7 @@ void merge(const MergeTask& task) {
 #define CDROP_STRING_(name) #name
 #define CDROP_STRING(name) CDROP_STRING_(name)
 extern const SimdKernels CDROP_SIMD_TABLE;
-const SimdKernels CDROP_SIMD_TABLE = {CDROP_STRING(CDROP_SIMD), attention, slot_vectors, nearest,
-                                      merge};
+const SimdKernels CDROP_SIMD_TABLE = {
+    CDROP_STRING(CDROP_SIMD), kRowBlock, attention, slot_vectors, nearest, merge};
 
 }  // namespace cdrop::cpu
