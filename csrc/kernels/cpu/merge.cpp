@@ -16,6 +16,7 @@ MergeWork::MergeWork(const MergeParams& params) : params_(params) {
   targets_ = params.contextual > 0 ? std::min(params.contextual, n) : params.keep;
   padded_ = padded(targets_, kSlotBlock);
   blocks_ = (n + kBlock - 1) / kBlock;
+  slot_groups_ = (slots_ + kSlotsTogether - 1) / kSlotsTogether;
   stretches_ = (params.width + kStretch - 1) / kStretch;
   own_ = Buffer<int64_t>(b * slots_);
   target_ = Buffer<int32_t>(b * targets_);
@@ -139,31 +140,46 @@ void MergeWork::gather(int64_t b) {
 
 void MergeWork::merge(int64_t task, float* scratch) const {
   const int64_t column = task % stretches_ * kStretch;
-  const int64_t slot = task / stretches_ % slots_, b = task / stretches_ / slots_;
+  const int64_t first = task / stretches_ % slot_groups_ * kSlotsTogether;
+  const int64_t b = task / stretches_ / slot_groups_;
+  const int64_t end = std::min(first + kSlotsTogether, slots_);
+  for (int64_t slot = first; slot < end; ++slot) {
+    merge_slot(b, slot, column, std::min(slot + 1, end - 1), scratch);
+  }
+}
+
+void MergeWork::merge_slot(int64_t b, int64_t slot, int64_t column, int64_t next_slot,
+                           float* scratch) const {
   const int64_t size = bytes(params_.x.dtype);
   const int64_t width = std::min(kStretch, params_.width - column);
   char* out = static_cast<char*>(params_.out_tokens) +
               ((b * slots_ + slot) * params_.width + column) * size;
-  const int64_t own = own_[b * slots_ + slot];
-  if (own < 0) {
+  const int64_t* own = own_.get() + b * slots_;
+  if (own[slot] < 0) {
     std::fill_n(out, width * size, char{0});
     return;
   }
-  const int32_t* from = member_from_.get() + b * (slots_ + 1) + slot;
+  const int32_t* from = member_from_.get() + b * (slots_ + 1);
+  const int32_t* member = member_.get() + b * params_.tokens;
   MergeTask t{};
   t.x = static_cast<const char*>(params_.x.data) + (b * params_.x.stride[0] + column) * size;
   t.dtype = params_.x.dtype;
   t.row_stride = params_.x.stride[1];
   t.width = width;
-  t.own = own;
-  t.own_weight = weight(b, own);
-  t.joined = member_.get() + b * params_.tokens + from[0];
-  t.count = from[1] - from[0];
+  t.own = own[slot];
+  t.own_weight = weight(b, own[slot]);
+  t.joined = member + from[slot];
+  t.count = from[slot + 1] - from[slot];
   if (params_.weight) {
     t.weight = &params_.weight.at(b, 0);
     t.weight_stride = params_.weight.stride[1];
   }
   t.blend = params_.blend;
+  for (int i = 0; i < kMergeSweep; ++i) {
+    const int64_t at = from[next_slot] + i - 1;
+    t.ahead[i] =
+        i > 0 && at < from[next_slot + 1] ? member[at] : std::max<int64_t>(own[next_slot], 0);
+  }
   t.scratch = scratch;
   t.out = out;
   simd().merge(t);

@@ -19,22 +19,25 @@ class MergeWork {
   void assign(int64_t task, float* scratch);
   // 3. Per sample: slot numbers, sizes, and each slot's tokens in ascending order.
   void gather(int64_t sample);
-  // 4. Per slot and stretch of columns: the merged token. Each row of x is read once.
-  int64_t merge_tasks() const { return params_.batch * slots_ * stretches_; }
+  // 4. Per few slots and stretch of columns: the merged tokens. Each row of x is read once.
+  int64_t merge_tasks() const { return params_.batch * slot_groups_ * stretches_; }
   int64_t merge_scratch() const { return kStretch; }
   void merge(int64_t task, float* scratch) const;
 
  private:
   static constexpr int64_t kBlock = 64;      // tokens of an assign task
   static constexpr int64_t kStretch = 4096;  // columns of a merge task
+  static constexpr int64_t kSlotsTogether = 4;
 
   MetricRows metric(int64_t sample) const;
+  void merge_slot(int64_t sample, int64_t slot, int64_t column, int64_t next_slot,
+                  float* scratch) const;
   float weight(int64_t sample, int64_t token) const {
     return params_.weight ? params_.weight.at(sample, token) : 1.0f;
   }
 
   MergeParams params_;
-  int64_t slots_, targets_, padded_, blocks_, stretches_;
+  int64_t slots_, targets_, padded_, blocks_, slot_groups_, stretches_;
   Buffer<int64_t> own_;                   // [B, slots]: token of each slot, -1 where unused
   Buffer<int32_t> target_, target_slot_;  // [B, targets]: tokens that may be joined, ascending
   Buffer<int32_t> target_count_;          // [B]

@@ -21,10 +21,10 @@ SaliencyWork::SaliencyWork(const SaliencyParams& params)
     parts_ = 1;
     part_rows_ = group_rows;
     const int64_t most =
-        std::min({kMaxTaskHeads, 2 * simd().row_block / group_rows, params.key_heads});
+        std::min({kMaxTaskHeads, 4 * simd().row_block / group_rows, params.key_heads});
     // Only where the rows of one head lie pages apart.
     const int64_t size = params.k.dtype == DType::kFloat32 ? 4 : 2;
-    if (params.k.stride[2] * size >= 2048) heads_ = std::clamp<int64_t>(all_heads / 16, 1, most);
+    if (params.k.stride[2] * size >= 2048) heads_ = std::clamp<int64_t>(all_heads / 8, 1, most);
   }
   partial_ = Buffer<float>(tasks() * tokens());
 

@@ -9,6 +9,13 @@
 
 namespace cdrop::cpu {
 
+constexpr int64_t kTokenBlock = 4;   // tokens the nearest-slot kernel takes at once
+constexpr int64_t kSlotBlock = 64;   // slots are padded to a multiple
+constexpr int64_t kMaxRowBlock = 8;  // query rows the attention kernel takes at once, at most
+constexpr int64_t kMaxTaskHeads = 8;
+constexpr int kMergeSweep = 4;       // rows the merge kernel adds at once
+constexpr int64_t kScratchPad = 32;  // room past the last key for a whole vector
+
 // Rows of some query heads of one or a few key heads of one sample, against all keys.
 struct AttentionTask {
   const void* q;  // first head of the task, row 0
@@ -65,15 +72,10 @@ struct MergeTask {
   const float* weight;  // of the sample, or null: all 1
   int64_t weight_stride;
   float blend;
-  float* scratch;  // width floats
-  void* out;       // [width]
+  int64_t ahead[kMergeSweep];  // tokens whose rows are wanted next, to fetch meanwhile
+  float* scratch;              // width floats
+  void* out;                   // [width]
 };
-
-constexpr int64_t kTokenBlock = 4;   // tokens the nearest-slot kernel takes at once
-constexpr int64_t kSlotBlock = 64;   // slots are padded to a multiple
-constexpr int64_t kMaxRowBlock = 8;  // query rows the attention kernel takes at once, at most
-constexpr int64_t kMaxTaskHeads = 8;
-constexpr int64_t kScratchPad = 32;  // room past the last key for a whole vector
 
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

@@ -507,7 +507,24 @@ void nearest(const NearestTask& task) {
 
 // --- merge --------------------------------------------------------------------------------------
 
-constexpr int kSweep = 4;  // rows added at once
+template <typename T>
+CDROP_INLINE void fetch_rows(const T* const* rows, int64_t column) {
+  for (int n = 0; n < kMergeSweep; ++n) __builtin_prefetch(rows[n] + column);
+}
+
+template <typename T>
+void copy_row(const T* from, T* to, const T* const* ahead, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t c = 0; c < width; c += kLine) {
+    fetch_rows(ahead, c);
+    const int64_t size = width - c < kLine ? width - c : kLine;
+    if (size == kLine) {
+      __builtin_memcpy(to + c, from + c, 64);
+    } else {
+      __builtin_memcpy(to + c, from + c, static_cast<size_t>(size) * sizeof(T));
+    }
+  }
+}
 
 // acc (+)= sum_n factor[n] x[row[n]] for kRows rows in one sweep. The rows lie anywhere, so those
 // of the next sweep are fetched meanwhile.
@@ -517,9 +534,7 @@ void add_rows(float* acc, const T* const* row, const float* factor, const T* con
   constexpr int64_t kLine = 64 / sizeof(T);
   const int64_t whole = width / kLanes * kLanes;
   for (int64_t c = 0; c < whole; c += kLanes) {
-    if (c % kLine == 0) {
-      for (int n = 0; n < kSweep; ++n) __builtin_prefetch(next[n] + c);
-    }
+    if (c % kLine == 0) fetch_rows(next, c);
     Vec total = kFirst ? Vec{} : load(acc + c);
 #pragma GCC unroll 4
     for (int n = 0; n < kRows; ++n) total += load(row[n] + c) * factor[n];
@@ -546,8 +561,10 @@ void merge_slot(const MergeTask& task) {
   const T* x = static_cast<const T*>(task.x);
   T* out = static_cast<T*>(task.out);
   const T* own = x + task.own * task.row_stride;
+  const T* ahead[kMergeSweep];
+  for (int i = 0; i < kMergeSweep; ++i) ahead[i] = x + task.ahead[i] * task.row_stride;
   if (task.count == 0 || task.blend == 0.0f) {  // as it is, to the bit
-    __builtin_memcpy(out, own, static_cast<size_t>(task.width) * sizeof(T));
+    copy_row(own, out, ahead, task.width);
     return;
   }
   // The slot's own token first, then those that joined; a weight of 0 takes no part, not even as
@@ -555,23 +572,30 @@ void merge_slot(const MergeTask& task) {
   const int64_t lead = task.own_weight > 0.0f ? 1 : 0;
   const int64_t count = lead + task.count;
   float total = 0.0f;
-  const T* row[2 * kSweep];
-  float factor[2 * kSweep];
+  const T* row[2 * kMergeSweep];
+  float factor[2 * kMergeSweep] = {};
   const auto fetch = [&](int64_t n, int at) {
-    const int64_t i = n < count ? n : count - 1;
-    const int64_t token = i < lead ? task.own : task.joined[i - lead];
+    if (n >= count) {  // nothing more to add: what comes after this slot
+      row[at] = ahead[at % kMergeSweep];
+      return;
+    }
+    const int64_t token = n < lead ? task.own : task.joined[n - lead];
     row[at] = x + token * task.row_stride;
     factor[at] = task.weight ? task.weight[token * task.weight_stride] : 1.0f;
-    if (i >= lead) factor[at] *= task.blend;
+    if (n >= lead) factor[at] *= task.blend;
   };
-  for (int n = 0; n < kSweep; ++n) fetch(n, n);
-  for (int64_t n = 0; n < count; n += kSweep) {
-    const int rows = static_cast<int>(count - n < kSweep ? count - n : kSweep);
+  for (int n = 0; n < kMergeSweep; ++n) fetch(n, n);
+  for (int64_t n = 0; n < count; n += kMergeSweep) {
+    const int rows = static_cast<int>(count - n < kMergeSweep ? count - n : kMergeSweep);
     for (int i = 0; i < rows; ++i) total += factor[i];
-    for (int i = 0; i < kSweep; ++i) fetch(n + kSweep + i, kSweep + i);
-    n == 0 ? add_rows<T, true>(rows, task.scratch, row, factor, row + kSweep, task.width)
-           : add_rows<T, false>(rows, task.scratch, row, factor, row + kSweep, task.width);
-    for (int i = 0; i < kSweep; ++i) row[i] = row[kSweep + i], factor[i] = factor[kSweep + i];
+    for (int i = 0; i < kMergeSweep; ++i) fetch(n + kMergeSweep + i, kMergeSweep + i);
+    const T* const* next = row + kMergeSweep;
+    n == 0 ? add_rows<T, true>(rows, task.scratch, row, factor, next, task.width)
+           : add_rows<T, false>(rows, task.scratch, row, factor, next, task.width);
+    for (int i = 0; i < kMergeSweep; ++i) {
+      row[i] = row[kMergeSweep + i];
+      factor[i] = factor[kMergeSweep + i];
+    }
   }
   int64_t c = 0;
   for (; c + kLanes <= task.width; c += kLanes) store(out + c, load(task.scratch + c) / total);
