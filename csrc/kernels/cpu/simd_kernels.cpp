@@ -107,10 +107,17 @@ void block_products(const AttentionTask& task, const T* k, int64_t j, const floa
     for (int n = 0; n < kLanes; ++n) {
       const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
       const T* key = k + at * task.k_row_stride + from * Unit::kPer;
-      fetch_row(key + kLanes * task.k_row_stride, width);
       stage_row(key, width, tile + n * kChunk, size);
     }
+    // The next kLanes keys are fetched meanwhile, line by line so that no burst fills the queues.
+    const char* ahead =
+        reinterpret_cast<const char*>(k + (j + kLanes) * task.k_row_stride) + from * 4;
+    const int64_t ahead_stride = task.k_row_stride * static_cast<int64_t>(sizeof(T));
+    constexpr int kPerTurn = kLanes < 8 ? 1 : kLanes / 8;  // a line is eight turns of 8 bytes
     for (int64_t c = 0; c < size; c += 2) {
+      for (int n = 0; n < kPerTurn; ++n) {
+        __builtin_prefetch(ahead + (c / 2 % 8 * kPerTurn + n) * ahead_stride + c * 4);
+      }
       const Vec rows = load(q + (from + c) * kRowBlock);
 #pragma GCC unroll 16
       for (int n = 0; n < kLanes; ++n) {
@@ -526,11 +533,12 @@ void copy_row(const T* from, T* to, const T* const* ahead, int64_t width) {
   }
 }
 
-// acc (+)= sum_n factor[n] x[row[n]] for kRows rows in one sweep. The rows lie anywhere, so those
-// of the next sweep are fetched meanwhile.
-template <typename T, int kRows, bool kFirst>
-void add_rows(float* acc, const T* const* row, const float* factor, const T* const* next,
-              int64_t width) {
+// One sweep over kRows rows: total = (kFirst ? 0 : acc) + sum_n factor[n] x[row[n]], left in `acc`,
+// or where it is the last, times `scale` in `out`. The rows lie anywhere, so those of the next
+// sweep are fetched meanwhile.
+template <typename T, int kRows, bool kFirst, bool kLast>
+void sweep(const T* const* row, const float* factor, const T* const* next, int64_t width,
+           float scale, float* acc, T* out) {
   constexpr int64_t kLine = 64 / sizeof(T);
   const int64_t whole = width / kLanes * kLanes;
   for (int64_t c = 0; c < whole; c += kLanes) {
@@ -538,22 +546,30 @@ void add_rows(float* acc, const T* const* row, const float* factor, const T* con
     Vec total = kFirst ? Vec{} : load(acc + c);
 #pragma GCC unroll 4
     for (int n = 0; n < kRows; ++n) total += load(row[n] + c) * factor[n];
-    store(acc + c, total);
+    if constexpr (kLast) {
+      store(out + c, total * scale);
+    } else {
+      store(acc + c, total);
+    }
   }
   for (int64_t c = whole; c < width; ++c) {
     float total = kFirst ? 0.0f : acc[c];
     for (int n = 0; n < kRows; ++n) total += to_float(row[n][c]) * factor[n];
-    acc[c] = total;
+    if constexpr (kLast) {
+      from_float(total * scale, out + c);
+    } else {
+      acc[c] = total;
+    }
   }
 }
 
 template <typename T, bool kFirst>
-void add_rows(int rows, float* acc, const T* const* row, const float* factor, const T* const* next,
-              int64_t width) {
-  if (rows == 1) add_rows<T, 1, kFirst>(acc, row, factor, next, width);
-  if (rows == 2) add_rows<T, 2, kFirst>(acc, row, factor, next, width);
-  if (rows == 3) add_rows<T, 3, kFirst>(acc, row, factor, next, width);
-  if (rows == 4) add_rows<T, 4, kFirst>(acc, row, factor, next, width);
+void last_sweep(int rows, const T* const* row, const float* factor, const T* const* next,
+                int64_t width, float scale, float* acc, T* out) {
+  if (rows == 1) sweep<T, 1, kFirst, true>(row, factor, next, width, scale, acc, out);
+  if (rows == 2) sweep<T, 2, kFirst, true>(row, factor, next, width, scale, acc, out);
+  if (rows == 3) sweep<T, 3, kFirst, true>(row, factor, next, width, scale, acc, out);
+  if (rows == 4) sweep<T, 4, kFirst, true>(row, factor, next, width, scale, acc, out);
 }
 
 template <typename T>
@@ -571,7 +587,12 @@ void merge_slot(const MergeTask& task) {
   // 0 * NaN.
   const int64_t lead = task.own_weight > 0.0f ? 1 : 0;
   const int64_t count = lead + task.count;
+  const auto weight = [&](int64_t n) {
+    if (n < lead) return task.own_weight;
+    return task.blend * (task.weight ? task.weight[task.joined[n - lead] * task.weight_stride] : 1);
+  };
   float total = 0.0f;
+  for (int64_t n = 0; n < count; ++n) total += weight(n);
   const T* row[2 * kMergeSweep];
   float factor[2 * kMergeSweep] = {};
   const auto fetch = [&](int64_t n, int at) {
@@ -579,27 +600,30 @@ void merge_slot(const MergeTask& task) {
       row[at] = ahead[at % kMergeSweep];
       return;
     }
-    const int64_t token = n < lead ? task.own : task.joined[n - lead];
-    row[at] = x + token * task.row_stride;
-    factor[at] = task.weight ? task.weight[token * task.weight_stride] : 1.0f;
-    if (n >= lead) factor[at] *= task.blend;
+    row[at] = x + (n < lead ? task.own : task.joined[n - lead]) * task.row_stride;
+    factor[at] = weight(n);
   };
   for (int n = 0; n < kMergeSweep; ++n) fetch(n, n);
+  const T* const* next = row + kMergeSweep;
+  const float scale = 1.0f / total;
   for (int64_t n = 0; n < count; n += kMergeSweep) {
-    const int rows = static_cast<int>(count - n < kMergeSweep ? count - n : kMergeSweep);
-    for (int i = 0; i < rows; ++i) total += factor[i];
     for (int i = 0; i < kMergeSweep; ++i) fetch(n + kMergeSweep + i, kMergeSweep + i);
-    const T* const* next = row + kMergeSweep;
-    n == 0 ? add_rows<T, true>(rows, task.scratch, row, factor, next, task.width)
-           : add_rows<T, false>(rows, task.scratch, row, factor, next, task.width);
+    const int64_t left = count - n;
+    const int64_t width = task.width;
+    float* acc = task.scratch;
+    if (left > kMergeSweep) {
+      n == 0 ? sweep<T, kMergeSweep, true, false>(row, factor, next, width, scale, acc, out)
+             : sweep<T, kMergeSweep, false, false>(row, factor, next, width, scale, acc, out);
+    } else {
+      const int rows = static_cast<int>(left);
+      n == 0 ? last_sweep<T, true>(rows, row, factor, next, width, scale, acc, out)
+             : last_sweep<T, false>(rows, row, factor, next, width, scale, acc, out);
+    }
     for (int i = 0; i < kMergeSweep; ++i) {
       row[i] = row[kMergeSweep + i];
       factor[i] = factor[kMergeSweep + i];
     }
   }
-  int64_t c = 0;
-  for (; c + kLanes <= task.width; c += kLanes) store(out + c, load(task.scratch + c) / total);
-  for (; c < task.width; ++c) from_float(task.scratch[c] / total, out + c);
 }
 
 void merge(const MergeTask& task) {
