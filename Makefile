@@ -55,7 +55,9 @@ test-latest: $(LATEST)/.installed
 	PYTHONPATH=$(LATEST) $(PYTEST) python_tests/hf
 
 bench: setup
-	$(PYTEST) benchmarks --benchmark-only
+	mkdir -p build
+	$(PYTEST) benchmarks --benchmark-only --benchmark-json=build/bench.json
+	$(BIN)/python benchmarks/summary.py build/bench.json
 
 clean:
 	rm -rf $(VENV) build consensusdrop_kernels/*.so *.egg-info
