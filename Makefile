@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 LATEST := $(abspath $(VENV))/transformers-latest
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: setup demo test test-all test-latest lint format bench clean
+.PHONY: setup demo test test-all test-latest lint format bench gpu clean
 
 setup: $(VENV)/.built
 
@@ -58,6 +58,11 @@ bench: setup
 	mkdir -p build
 	$(PYTEST) benchmarks --benchmark-only --benchmark-json=build/bench.json
 	$(BIN)/python benchmarks/summary.py build/bench.json
+
+# Not in .venv: the Python that is there, with its torch and triton. PART: build, tests, sanitize,
+# bench; all of them without.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(PART)
 
 clean:
 	rm -rf $(VENV) build consensusdrop_kernels/*.so *.egg-info

@@ -1,0 +1,85 @@
+"""A small program for profilers and sanitizers: one op at one shape, warmed up before the capture.
+
+    python profile_target.py --op select_merge --tokens 576 --batch 1 --calls 5
+    python profile_target.py --once        # every op once, small and awkward shapes (sanitizers)
+
+The calls to look at lie between cudaProfilerStart and cudaProfilerStop, each in an NVTX range named
+after its op (`nsys --capture-range=cudaProfilerApi`, `ncu --profile-from-start off`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import consensusdrop_kernels  # noqa: F401  (registers torch.ops.cdrop)
+
+ops = torch.ops.cdrop
+
+
+def calls(batch: int, tokens: int, width: int, keep: int, rows: int, device: str) -> dict[str, Any]:
+    """Each op as a call without arguments, on bfloat16 data of the given size."""
+    like = {"device": device, "dtype": torch.bfloat16}
+    x = torch.randn(batch, tokens, width, **like)
+    q_vis = torch.randn(batch, 16, 1, 64, **like)
+    k_vis = torch.randn(batch, tokens + 1, 16, 64, **like).transpose(1, 2)
+    q_txt = torch.randn(batch, 32, rows, 128, **like)
+    k_txt = torch.randn(batch, tokens, 32, 128, **like).transpose(1, 2)
+    visual, textual = torch.rand(2, batch, tokens, device=device)
+    index = torch.rand(batch, tokens, device=device).topk(keep).indices.sort(dim=1).values
+    valid = torch.rand(batch, tokens, device=device) < 0.9
+    table: dict[str, Callable[[], Any]] = {
+        "attention_saliency": lambda: ops.attention_saliency(q_txt, k_txt, reduce="max"),
+        "attention_saliency_square": lambda: ops.attention_saliency(k_vis, k_vis, causal=True),
+        "consensus_select": lambda: ops.consensus_select(visual, textual, keep, valid=valid),
+        "token_merge": lambda: ops.token_merge(x, x[..., :64], index),
+        "select_merge": lambda: ops.select_merge(
+            x, q_vis, k_vis, q_txt, k_txt, keep=keep, prefix=1, txt_reduce="max"
+        ),
+    }
+    return table
+
+
+def main() -> None:
+    """Run what the options say."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", default="select_merge")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=576)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--keep", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--calls", type=int, default=5)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--once", action="store_true")
+    options = parser.parse_args()
+    if options.once:
+        for batch, tokens, width, keep, rows in ((1, 577, 1000, 64, 7), (3, 129, 72, 16, 1)):
+            for call in calls(batch, tokens, width, keep, rows, options.device).values():
+                call()
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        return
+    sizes = (options.batch, options.tokens, options.width, options.keep, options.rows)
+    call = calls(*sizes, options.device)[options.op]
+    for _ in range(3):
+        call()
+    if options.device == "cpu":
+        for _ in range(options.calls):
+            call()
+        return
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    for _ in range(options.calls):
+        torch.cuda.nvtx.range_push(f"cdrop.{options.op}")
+        call()
+        torch.cuda.nvtx.range_pop()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+if __name__ == "__main__":
+    main()
