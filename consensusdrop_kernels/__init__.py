@@ -10,7 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .functional import attention_saliency, consensus_select, select_merge, token_merge
+from .functional import (
+    adaptive_split_select,
+    attention_saliency,
+    attention_saliency_varlen,
+    consensus_select,
+    greedy_diverse_select,
+    select_merge,
+    similarity_saliency,
+    token_merge,
+)
 from .ops import Backend, backends, use_backend
 
 if TYPE_CHECKING:
@@ -24,11 +33,15 @@ __all__ = [
     "Method",
     "Random",
     "__version__",
+    "adaptive_split_select",
     "attention_saliency",
+    "attention_saliency_varlen",
     "backends",
     "consensus_select",
+    "greedy_diverse_select",
     "patch",
     "select_merge",
+    "similarity_saliency",
     "token_merge",
     "unpatch",
     "use_backend",

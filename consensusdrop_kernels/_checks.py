@@ -8,6 +8,7 @@ argument, what it must be, and what it is.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FUSIONS = ("rank", "rrf", "sum", "zscore", "product", "max")
 REDUCES = ("mean", "max")
+OBJECTIVES = ("maxmin", "dpp")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -156,6 +158,99 @@ def attention(
         _check_weight_values(query_weight, say["query_weight"])
 
 
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    reduce: str = "mean",
+) -> None:
+    """Checks of `attention_saliency.varlen`, values included where `has_values` allows."""
+    _check_float(q, "q", 3, "[T, Hq, d]")
+    _check_float(k, "k", 3, "[T, Hk, d]")
+    _check(
+        k.dtype == q.dtype, "k", f"have the dtype of q ({_name(q.dtype)})", lambda: _name(k.dtype)
+    )
+    _check_device(k, "k", q, "q")
+    total, heads, width = q.shape
+    some = heads >= 1 and width >= 1
+    _check(some, "q", "have at least one head and one column", lambda: _shape(q))
+    ok = k.shape[0] == total and k.shape[2] == width and k.shape[1] >= 1
+    _check_shape(k, "k", ok, lambda: _layout(T=total, Hk=None, d=width))
+    _check(
+        heads % k.shape[1] == 0,
+        "the heads of q",
+        lambda: f"be a multiple of the heads of k ({int(k.shape[1])})",
+        lambda: int(heads),
+    )
+    _check_unit_stride(q, "q")
+    _check_unit_stride(k, "k")
+    is_int = cu_seqlens.dtype in (torch.int32, torch.int64)
+    _check(is_int, "cu_seqlens", "be int32 or int64", lambda: _name(cu_seqlens.dtype))
+    ok = cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1
+    _check_shape(cu_seqlens, "cu_seqlens", ok, "[S+1]")
+    _check_device(cu_seqlens, "cu_seqlens", q, "q")
+    _check(max_seqlen >= 0, "max_seqlen", "be >= 0", lambda: max_seqlen)
+    if scale is not None:
+        _check_number(scale, "scale")
+    _check_choice(reduce, "reduce", REDUCES)
+    if lse is not None:
+        _check_like(lse, "lse", torch.float32, q, "q", Hq=heads, T=total)
+    if query_weight is not None:
+        _check_like(query_weight, "query_weight", torch.float32, q, "q", T=total)
+        _check_weight_values(query_weight, "query_weight")
+    if has_values(cu_seqlens):
+        _cu_seqlens_values(cu_seqlens.tolist(), int(total), max_seqlen)
+
+
+def _cu_seqlens_values(starts: list[int], total: int, max_seqlen: int) -> None:
+    _check(starts[0] == 0, "cu_seqlens", "start at 0", lambda: starts[0])
+    down = [f"{b} after {a}" for a, b in itertools.pairwise(starts) if b < a]
+    _check(not down, "cu_seqlens", "not decrease", lambda: down[0])
+    _check(starts[-1] == total, "cu_seqlens", f"end at T={total}", lambda: starts[-1])
+    longest = max((b - a for a, b in itertools.pairwise(starts)), default=0)
+    must = f"be at least the longest sequence ({longest})"
+    _check(longest <= max_seqlen, "max_seqlen", must, lambda: max_seqlen)
+
+
+def similarity(
+    text: Tensor,
+    visual: Tensor,
+    *,
+    temperature: float = 0.01,
+    text_valid: Tensor | None = None,
+    visual_valid: Tensor | None = None,
+    reduce: str = "max",
+) -> None:
+    """Checks of `similarity_saliency`."""
+    _check_float(text, "text", 3, "[B, T, D]")
+    _check_float(visual, "visual", 3, "[B, N, D]")
+    must = f"have the dtype of text ({_name(text.dtype)})"
+    _check(visual.dtype == text.dtype, "visual", must, lambda: _name(visual.dtype))
+    _check_device(visual, "visual", text, "text")
+    batch, rows, width = text.shape
+    some = rows >= 1 and width >= 1
+    _check(some, "text", "have at least one row and one column", lambda: _shape(text))
+    tokens = visual.shape[1]
+    ok = visual.shape[0] == batch and tokens >= 1 and visual.shape[2] == width
+    _check_shape(visual, "visual", ok, lambda: _layout(B=batch, N=None, D=width))
+    warm = math.isfinite(temperature) and temperature > 0
+    _check(warm, "temperature", "be finite and > 0", lambda: f"{temperature:g}")
+    _check_choice(reduce, "reduce", REDUCES)
+    if text_valid is not None:
+        _check_like(text_valid, "text_valid", torch.bool, text, "text", B=batch, T=rows)
+    if visual_valid is not None:
+        _check_like(visual_valid, "visual_valid", torch.bool, text, "text", B=batch, N=tokens)
+
+
+def _keep(keep: int, tokens: int) -> None:
+    _check(1 <= keep <= tokens, "keep", lambda: f"be in 1..N={int(tokens)}", lambda: keep)
+
+
 def selection(
     batch: int,
     tokens: int,
@@ -170,7 +265,7 @@ def selection(
     priority_keep: int,
 ) -> None:
     """Checks of the choice that `consensus_select` and `select_merge` share."""
-    _check(1 <= keep <= tokens, "keep", lambda: f"be in 1..N={int(tokens)}", lambda: keep)
+    _keep(keep, tokens)
     _check_unit(alpha, "alpha")
     _check_choice(fusion, "fusion", FUSIONS)
     if valid is not None:
@@ -199,6 +294,38 @@ def scores(visual: Tensor, textual: Tensor | None) -> None:
     if textual is not None:
         batch, tokens = visual.shape
         _check_like(textual, "textual", torch.float32, visual, "visual", B=batch, N=tokens)
+
+
+def split(
+    visual: Tensor, textual: Tensor, keep: int, *, reserve: float, valid: Tensor | None
+) -> None:
+    """Checks of `adaptive_split_select`."""
+    scores(visual, textual)
+    batch, tokens = visual.shape
+    _keep(keep, tokens)
+    half = 0.0 <= reserve <= 0.5  # two lists reserve that share each
+    _check(half, "reserve", "be in 0..0.5", lambda: f"{reserve:g}")
+    if valid is not None:
+        _check_like(valid, "valid", torch.bool, visual, "visual", B=batch, N=tokens)
+
+
+def diverse(
+    features: Tensor, keep: int, *, relevance: Tensor | None, objective: str, valid: Tensor | None
+) -> None:
+    """Checks of `greedy_diverse_select`, values included where `has_values` allows."""
+    _check_float(features, "features", 3, "[B, N, F]")
+    batch, tokens, width = features.shape
+    _check(width >= 1, "features", "have at least one column", lambda: _shape(features))
+    _keep(keep, tokens)
+    _check_choice(objective, "objective", OBJECTIVES)
+    if relevance is not None:
+        _check_like(relevance, "relevance", torch.float32, features, "features", B=batch, N=tokens)
+        if objective == "dpp" and has_values(relevance):
+            bad = (relevance < 0) | torch.isinf(relevance)
+            must = "be finite and >= 0 with dpp"
+            _check(not bad.any(), "relevance", must, lambda: f"{relevance[bad][0].item():g}")
+    if valid is not None:
+        _check_like(valid, "valid", torch.bool, features, "features", B=batch, N=tokens)
 
 
 def merge_metric(x: Tensor, metric: Tensor) -> None:

@@ -56,6 +56,87 @@ def attention_saliency(
     )  # fmt: skip
 
 
+def attention_saliency_varlen(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    causal: bool = False,
+    reduce: str = "mean",
+) -> Tensor:
+    """`attention_saliency` of packed sequences: each attends to itself and scores its own tokens.
+
+    One call for the images (or windows) that an encoder packs without padding. In
+    `torch.ops.cdrop` it is the overload `attention_saliency.varlen`.
+
+    Args:
+        q: queries `[T, Hq, d]` of all sequences one after another, any strides with the last 1.
+        k: keys `[T, Hk, d]`, same dtype; query head `h` reads key head `h // (Hq // Hk)`.
+        cu_seqlens: `[S+1]` int32 or int64, where each of the `S` sequences starts, and `T` at the
+            end; a sequence may be empty.
+        max_seqlen: a length that no sequence exceeds.
+        scale: factor on the logits, `d ** -0.5` by default.
+        lse: `[Hq, T]` float32, natural-log sum-exp of each whole row; rows with +-inf contribute
+            nothing. Without it each row is normalised over the keys of its sequence.
+        query_weight: `[T]` float32, finite and >= 0, ones by default; a sequence whose weights are
+            all 0 scores 0.
+        causal: within a sequence, a row sees the keys up to its own.
+        reduce: over the rows of a sequence, their weighted `"mean"`, or the `"max"` over rows of
+            weight > 0; over heads it is always the mean.
+
+    Returns:
+        `[T]` float32. Not differentiable.
+
+    Raises:
+        RuntimeError: an argument is not as above. The values of `cu_seqlens` are looked at on the
+            CPU, elsewhere only with `CDROP_CHECK=1`.
+    """
+    return torch.ops.cdrop.attention_saliency.varlen(
+        q, k, cu_seqlens, max_seqlen, scale=scale, lse=lse, query_weight=query_weight,
+        causal=causal, reduce=reduce,
+    )  # fmt: skip
+
+
+def similarity_saliency(
+    text: Tensor,
+    visual: Tensor,
+    *,
+    temperature: float = 0.01,
+    text_valid: Tensor | None = None,
+    visual_valid: Tensor | None = None,
+    reduce: str = "max",
+) -> Tensor:
+    """How much a text points at each visual token, by cosine similarity in a shared space.
+
+    `softmax over the visual tokens of cosine / temperature`, then the maximum or mean over the text
+    rows: the text signal of AdaFV (arXiv 2501.09532).
+
+    Args:
+        text: `[B, T, D]`; text rows, such as a model's input embeddings of the question.
+        visual: `[B, N, D]`, same dtype; the projected visual tokens.
+        temperature: finite and > 0.
+        text_valid: `[B, T]` bool; rows marked false are left out of the maximum or mean. A sample
+            without a valid row scores 0.
+        visual_valid: `[B, N]` bool; tokens marked false take no part in the softmax and score 0.
+        reduce: `"max"` or `"mean"` over the valid text rows.
+
+    Returns:
+        `[B, N]` float32. Not differentiable. A zero vector has cosine 0 with everything; a valid
+        row or token with a NaN or infinite element makes its sample NaN.
+
+    Raises:
+        RuntimeError: an argument is not as above.
+    """
+    return torch.ops.cdrop.similarity_saliency(
+        text, visual, temperature=temperature, text_valid=text_valid, visual_valid=visual_valid,
+        reduce=reduce,
+    )  # fmt: skip
+
+
 def consensus_select(
     visual: Tensor,
     textual: Tensor | None,
@@ -94,6 +175,86 @@ def consensus_select(
         visual, textual, keep, alpha=alpha, fusion=fusion, valid=valid, priority=priority,
         priority_keep=priority_keep,
     )  # fmt: skip
+
+
+def adaptive_split_select(
+    visual: Tensor,
+    textual: Tensor,
+    keep: int,
+    *,
+    reserve: float = 0.25,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Share `keep` places between two score lists by where their mass lies.
+
+    The rule of AdaFV (arXiv 2501.09532). With `k` the places of a sample (`keep`, or its number of
+    valid tokens if that is less) and `h = floor(reserve * k)` in float64: the first `h` tokens of
+    each list are taken, and of the other `R = k - 2 h` places `k1` go to the next of `textual`,
+    `R - k1` to the next of `visual`. `k1` maximises `P_t(k1) * P_v(R - k1)`, where `P(c)` is the
+    float64 sum, in the list's order, of the `c` scores after its first `h`.
+
+    - Lists are in descending order, ties to the lower index, NaN last; a NaN adds 0 to a sum.
+    - Of equal products the smallest `k1` wins; a product that is NaN counts as minus infinity.
+    - The two parts are counted in each list by itself. Tokens in both are taken once; the freed
+      places go to the next tokens not yet taken of the list with the larger of `P_t(k1)` and
+      `P_v(R - k1)`, of `textual` where they are equal. So `k` distinct tokens come back.
+
+    Args:
+        visual, textual: `[B, N]` float32, higher is better; meant to be >= 0.
+        keep: tokens to keep, in 1..N.
+        reserve: share of the places reserved for the first of each list, in 0..0.5.
+        valid: `[B, N]` bool; a sample with fewer than `keep` valid tokens keeps them all.
+
+    Returns:
+        `index [B, keep]` int64, ascending, -1 in unused places; `split [B]` int64, `k1`.
+
+    Raises:
+        RuntimeError: an argument is not as above.
+    """
+    return torch.ops.cdrop.adaptive_split_select(
+        visual, textual, keep, reserve=reserve, valid=valid
+    )
+
+
+def greedy_diverse_select(
+    features: Tensor,
+    keep: int,
+    *,
+    relevance: Tensor | None = None,
+    objective: str = "maxmin",
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Choose tokens unlike one another, one at a time.
+
+    - `"maxmin"`: each next token is the one whose largest cosine with those chosen is smallest
+      (the max-min distance of DivPrune, arXiv 2503.02175). The first is the one of the largest
+      `relevance`; without it, the one whose largest cosine with any other token is smallest.
+    - `"dpp"`: each next token raises the determinant of `diag(r) S diag(r)` over the chosen most,
+      with `S` the cosines and `r` the `relevance` or ones: the greedy maximum a posteriori of a
+      determinantal point process, by incremental Cholesky (Chen et al., NeurIPS 2018). A token of
+      which no more than 1e-5 of its squared length lies outside the span of those chosen, or of
+      relevance 0, has no gain; once none has any, the rest is filled by relevance.
+
+    Ties go to the lower index throughout. A zero vector has cosine 0 with every token, itself
+    included: far from all for `maxmin`, without gain for `dpp`. Tokens with a NaN or infinite
+    element, and for `dpp` those of NaN relevance, are like nothing and come last, by index.
+
+    Args:
+        features: `[B, N, F]`; only their directions matter.
+        keep: tokens to keep, in 1..N.
+        relevance: `[B, N]` float32; for `dpp` finite and >= 0.
+        objective: `"maxmin"` or `"dpp"`.
+        valid: `[B, N]` bool; a sample with fewer than `keep` valid tokens keeps them all.
+
+    Returns:
+        `index [B, keep]` int64, ascending (not in the order of choice), -1 in unused places.
+
+    Raises:
+        RuntimeError: an argument is not as above.
+    """
+    return torch.ops.cdrop.greedy_diverse_select(
+        features, keep, relevance=relevance, objective=objective, valid=valid
+    )
 
 
 def token_merge(

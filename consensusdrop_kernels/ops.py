@@ -27,6 +27,23 @@ SCHEMAS = {
         "(Tensor q, Tensor k, *, float? scale=None, Tensor? lse=None, Tensor? key_valid=None, "
         'Tensor? query_weight=None, int prefix=0, bool causal=False, str reduce="mean") -> Tensor'
     ),
+    "attention_saliency.varlen": (
+        "(Tensor q, Tensor k, Tensor cu_seqlens, int max_seqlen, *, float? scale=None, "
+        "Tensor? lse=None, Tensor? query_weight=None, bool causal=False, "
+        'str reduce="mean") -> Tensor'
+    ),
+    "similarity_saliency": (
+        "(Tensor text, Tensor visual, *, float temperature=0.01, Tensor? text_valid=None, "
+        'Tensor? visual_valid=None, str reduce="max") -> Tensor'
+    ),
+    "adaptive_split_select": (
+        "(Tensor visual, Tensor textual, int keep, *, float reserve=0.25, Tensor? valid=None) "
+        "-> (Tensor index, Tensor split)"
+    ),
+    "greedy_diverse_select": (
+        '(Tensor features, int keep, *, Tensor? relevance=None, str objective="maxmin", '
+        "Tensor? valid=None) -> Tensor"
+    ),
     "consensus_select": (
         '(Tensor visual, Tensor? textual, int keep, *, float alpha=0.5, str fusion="rank", '
         "Tensor? valid=None, Tensor? priority=None, int priority_keep=0) "
@@ -48,13 +65,19 @@ SCHEMAS = {
     ),
 }
 
+
+def _definition(op: str) -> Callable[..., Any]:
+    """The plain-torch function of an op; of an overload, `<op>_<overload>`."""
+    return getattr(reference, op.replace(".", "_"))
+
+
 _library = torch.library.Library("cdrop", "DEF")
 for _op, _schema in SCHEMAS.items():
     _library.define(
         _op + _schema,
         tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
     )
-    _library.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
+    _library.impl(_op, _definition(_op), "CompositeExplicitAutograd")
 
 
 # --- shapes, for torch.compile ------------------------------------------------------------------
@@ -63,6 +86,46 @@ for _op, _schema in SCHEMAS.items():
 def _fake_attention_saliency(q, k, *, causal=False, **options):  # type: ignore[no-untyped-def]
     _checks.attention(q, k, **options)
     return q.new_empty((k.shape[0], k.shape[2] - options.get("prefix", 0)), dtype=torch.float32)
+
+
+def _fake_attention_saliency_varlen(  # type: ignore[no-untyped-def]
+    q, k, cu_seqlens, max_seqlen, *, causal=False, **options
+):
+    _checks.packed_attention(q, k, cu_seqlens, max_seqlen, **options)
+    return q.new_empty((q.shape[0],), dtype=torch.float32)
+
+
+def _fake_similarity_saliency(text, visual, **options):  # type: ignore[no-untyped-def]
+    _checks.similarity(text, visual, **options)
+    return text.new_empty(visual.shape[:2], dtype=torch.float32)
+
+
+def _fake_adaptive_split_select(
+    visual: Tensor,
+    textual: Tensor,
+    keep: int,
+    *,
+    reserve: float = 0.25,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _checks.split(visual, textual, keep, reserve=reserve, valid=valid)
+    batch = visual.shape[0]
+    return (
+        visual.new_empty((batch, keep), dtype=torch.int64),
+        visual.new_empty((batch,), dtype=torch.int64),
+    )
+
+
+def _fake_greedy_diverse_select(
+    features: Tensor,
+    keep: int,
+    *,
+    relevance: Tensor | None = None,
+    objective: str = "maxmin",
+    valid: Tensor | None = None,
+) -> Tensor:
+    _checks.diverse(features, keep, relevance=relevance, objective=objective, valid=valid)
+    return features.new_empty((features.shape[0], keep), dtype=torch.int64)
 
 
 def _fake_consensus_select(
@@ -128,6 +191,10 @@ def _fake_select_merge(x, q_vis, k_vis, q_txt=None, k_txt=None, **options):  # t
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "attention_saliency": _fake_attention_saliency,
+    "attention_saliency.varlen": _fake_attention_saliency_varlen,
+    "similarity_saliency": _fake_similarity_saliency,
+    "adaptive_split_select": _fake_adaptive_split_select,
+    "greedy_diverse_select": _fake_greedy_diverse_select,
     "consensus_select": _fake_consensus_select,
     "token_merge": _fake_token_merge,
     "select_merge": _fake_select_merge,
@@ -140,7 +207,14 @@ for _op, _fake in _FAKES.items():
 
 # Not differentiable: the scores choose tokens, they are no part of the result. A fallthrough
 # leaves their outputs without a gradient and adds nothing to a call.
-for _op in ("attention_saliency", "consensus_select"):
+for _op in (
+    "attention_saliency",
+    "attention_saliency.varlen",
+    "similarity_saliency",
+    "consensus_select",
+    "adaptive_split_select",
+    "greedy_diverse_select",
+):
     _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -241,7 +315,7 @@ class Backend:
 
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-_CPU_OPS = ("attention_saliency", "consensus_select", "token_merge", "select_merge")
+_CPU_OPS = tuple(SCHEMAS)
 
 
 def _load_kernels() -> str:
@@ -315,7 +389,7 @@ def _override(name: str) -> torch.library.Library | None:
         warnings.simplefilter("ignore", UserWarning)
         for op, (key, device) in itertools.product(SCHEMAS, (("CPU", "cpu"), ("CUDA", "cuda"))):
             if name == "reference":
-                function = getattr(reference, op)
+                function = _definition(op)
             elif name == device and op in backend.ops:
                 continue  # the compiled kernel is what the dispatcher holds already
             else:

@@ -60,6 +60,76 @@ def attention_saliency(
     return out / heads
 
 
+def attention_saliency_varlen(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    causal: bool = False,
+    reduce: str = "mean",
+) -> Tensor:
+    """`attention_saliency` of packed sequences, each over itself alone: `[T]` float32."""
+    _checks.packed_attention(
+        q, k, cu_seqlens, max_seqlen, scale=scale, lse=lse, query_weight=query_weight, reduce=reduce
+    )
+    total = q.shape[0]
+    if total == 0:
+        return q.new_zeros(0, dtype=torch.float32)
+    # As a padded batch, so that no length has to be known to the host. Padding rows weigh 0.
+    starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
+    at = starts + torch.arange(max_seqlen, device=q.device)
+    inside, at = at < ends, at.clamp_max(total - 1)
+    weight = torch.ones(total, device=q.device) if query_weight is None else query_weight
+    padded = attention_saliency(
+        q[at].transpose(1, 2), k[at].transpose(1, 2), scale=scale,
+        lse=None if lse is None else lse[:, at].transpose(0, 1), key_valid=inside,
+        query_weight=weight[at].masked_fill(~inside, 0.0), causal=causal, reduce=reduce,
+    )  # fmt: skip
+    out = torch.zeros(total + 1, device=q.device)
+    out[at.masked_fill(~inside, total)] = padded
+    return out[:total]
+
+
+def _cosine_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Float64 unit vectors (zero vectors stay zero), and which tokens are finite throughout."""
+    x = x.double()
+    # Exact for every float32: neither the largest nor the smallest square leaves float64.
+    length = x.norm(dim=-1, keepdim=True)
+    return x / length.masked_fill(length == 0, 1.0), length[..., 0].isfinite()
+
+
+def similarity_saliency(
+    text: Tensor,
+    visual: Tensor,
+    *,
+    temperature: float = 0.01,
+    text_valid: Tensor | None = None,
+    visual_valid: Tensor | None = None,
+    reduce: str = "max",
+) -> Tensor:
+    """Softmax over the visual tokens of cosine / temperature, over the text rows: `[B, N]`."""
+    _checks.similarity(
+        text, visual, temperature=temperature, text_valid=text_valid, visual_valid=visual_valid,
+        reduce=reduce,
+    )  # fmt: skip
+    batch, rows, _ = text.shape
+    cosine = _cosine_rows(text)[0] @ _cosine_rows(visual)[0].transpose(1, 2)
+    logits = cosine.float() / temperature
+    if visual_valid is not None:
+        logits = logits.masked_fill(~visual_valid[:, None], -torch.inf)
+    # A sample without a valid visual token has only -inf, whose softmax is NaN.
+    dead = torch.isneginf(logits).all(2, keepdim=True)
+    p = logits.softmax(2).masked_fill(dead | torch.isneginf(logits), 0.0)
+    here = torch.ones(batch, rows, dtype=torch.bool, device=text.device)
+    here = (here if text_valid is None else text_valid)[:, :, None]
+    p = p.masked_fill(~here, 0.0)
+    return p.amax(1) if reduce == "max" else p.sum(1) / here.sum(1).clamp_min(1)
+
+
 def _order(valid: Tensor, *keys: Tensor) -> Tensor:
     """Token order `[B, N]`, best first: by the first key, ties by the next, then by index; NaN in
     the first key after every number, invalid tokens after those."""
@@ -153,9 +223,144 @@ def consensus_select(
         left = valid & ~chosen
         place = _place(_order(left, priority.expand(batch, tokens)))
         chosen = chosen | (left & (place < priority_keep))
-    here = torch.arange(tokens, device=visual.device).expand(batch, tokens)
-    index = here.masked_fill(~chosen, tokens).sort(dim=1).values[:, :keep]
-    return index.masked_fill(index == tokens, -1), score.masked_fill(~valid, -torch.inf)
+    return _ascending(chosen, keep), score.masked_fill(~valid, -torch.inf)
+
+
+def adaptive_split_select(
+    visual: Tensor,
+    textual: Tensor,
+    keep: int,
+    *,
+    reserve: float = 0.25,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """AdaFV's choice from two lists: `index [B, K]`, `split [B]` (places that went to `textual`).
+
+    All corners are those of `functional.adaptive_split_select`.
+    """
+    _checks.split(visual, textual, keep, reserve=reserve, valid=valid)
+    batch, tokens = visual.shape
+    valid = torch.ones_like(visual, dtype=torch.bool) if valid is None else valid
+    budget = valid.sum(1, keepdim=True).clamp_max(keep)
+    held = (reserve * budget.double()).floor().long()
+    rest = budget - 2 * held
+    place_v, place_t = (_place(_order(valid, a)) for a in (visual, textual))
+
+    def prefix_sums(score: Tensor, place: Tensor) -> Tensor:
+        """`[B, N+1]`: the mass of the unreserved tokens among the first so many of a list."""
+        mass = score.double().masked_fill(score.isnan() | ~valid | (place < held), 0.0)
+        listed = torch.zeros_like(mass).scatter(1, place, mass)
+        return torch.nn.functional.pad(listed, (1, 0)).cumsum(1)
+
+    mass_v, mass_t = prefix_sums(visual, place_v), prefix_sums(textual, place_t)
+    k1 = torch.arange(keep + 1, device=visual.device).expand(batch, keep + 1)
+    mass_v = mass_v.gather(1, (held + rest - k1).clamp_min(0))
+    mass_t = mass_t.gather(1, (held + k1).clamp_max(tokens))
+    product = mass_v * mass_t
+    product = product.masked_fill((k1 > rest) | product.isnan(), -torch.inf)
+    best = product.amax(1, keepdim=True)
+    split = k1.masked_fill((product < best) | (k1 > rest), keep).amin(1, keepdim=True)
+
+    taken = valid & ((place_t < held + split) | (place_v < held + rest - split))
+    to_text = mass_t.gather(1, split) >= mass_v.gather(1, split)
+    more = torch.where(to_text, place_t, place_v).masked_fill(taken | ~valid, tokens)
+    more = _place(more.sort(dim=1, stable=True).indices)
+    taken = taken | (more < budget - taken.sum(1, keepdim=True))
+    return _ascending(taken, keep), split[:, 0]
+
+
+def _ascending(taken: Tensor, keep: int) -> Tensor:
+    """The chosen tokens of each sample in raster order, `[B, keep]`, -1 behind the last."""
+    here = torch.arange(taken.shape[1], device=taken.device).expand(taken.shape)
+    index = here.masked_fill(~taken, taken.shape[1]).sort(dim=1).values[:, :keep]
+    return index.masked_fill(index == taken.shape[1], -1)
+
+
+#: A token whose squared distance from the span of those chosen is no more than this share of its
+#: squared length has nothing left to add: float32 cosines know no less.
+DPP_FLOOR = 1e-5
+
+
+def greedy_diverse_select(
+    features: Tensor,
+    keep: int,
+    *,
+    relevance: Tensor | None = None,
+    objective: str = "maxmin",
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Greedy choice of tokens unlike one another: `index [B, K]`, ascending.
+
+    All corners are those of `functional.greedy_diverse_select`.
+    """
+    _checks.diverse(features, keep, relevance=relevance, objective=objective, valid=valid)
+    batch, tokens, _ = features.shape
+    unit, finite = _cosine_rows(features)
+    valid = torch.ones_like(finite) if valid is None else valid
+    good = valid & finite
+    weight = unit.new_ones(batch, tokens) if relevance is None else relevance.double()
+    if objective == "dpp":
+        good = good & ~weight.isnan()
+    unit = unit.masked_fill(~good[:, :, None], 0.0)
+    pick = _maxmin if objective == "maxmin" else _dpp
+    place = pick(unit, good, weight, keep, relevance is not None)
+    # Then what could not be compared, in raster order.
+    taken = (place >= 0) & good
+    left = (valid & ~good).cumsum(1) - 1
+    return _ascending(taken | (valid & ~good & (left < keep - taken.sum(1, keepdim=True))), keep)
+
+
+def _first_best(score: Tensor, open_: Tensor) -> Tensor:
+    """The open token of the highest score, the lower index of equals, NaN last: `[B, 1]`."""
+    return _order(open_, score)[:, :1]
+
+
+def _maxmin(unit: Tensor, good: Tensor, weight: Tensor, keep: int, given: bool) -> Tensor:
+    """Order in which tokens are chosen (-1: not), each the least like its likest chosen one."""
+    batch, tokens = good.shape
+    place = torch.full_like(good, -1, dtype=torch.int64)
+    if given:
+        score = weight
+    else:  # the token least like the one likest to it
+        cosine = (unit @ unit.transpose(1, 2)).float().clamp(-1.0, 1.0)
+        self_ = torch.eye(tokens, dtype=torch.bool, device=unit.device)
+        score = -cosine.masked_fill(~good[:, None] | self_, -2.0).amax(2)
+    nearest = unit.new_full((batch, tokens), -2.0, dtype=torch.float32)
+    for step in range(keep):
+        open_ = good & (place < 0)
+        at = _first_best(score, open_)
+        here = torch.zeros_like(good).scatter(1, at, True) & open_
+        place = place.masked_fill(here, step)
+        chosen = unit.gather(1, at[:, :, None].expand(-1, -1, unit.shape[2]))
+        cosine = (unit @ chosen.transpose(1, 2))[:, :, 0].float().clamp(-1.0, 1.0)
+        nearest = torch.maximum(nearest, cosine)
+        score = -nearest
+    return place
+
+
+def _dpp(unit: Tensor, good: Tensor, weight: Tensor, keep: int, _: bool) -> Tensor:
+    """Order in which tokens are chosen (-1: not): each raises the determinant of
+    `diag(r) S diag(r)` most. The Cholesky rows are those of `S`; `r` scales the gains alone."""
+    batch, tokens = good.shape
+    place = torch.full_like(good, -1, dtype=torch.int64)
+    rows = unit.new_zeros(batch, keep, tokens)
+    residual = unit.square().sum(2).round()  # a vector's cosine with itself: 1, or 0 if it is zero
+    for step in range(keep):
+        open_ = good & (place < 0)
+        gain = (weight.square() * residual).masked_fill(residual <= DPP_FLOOR, 0.0)
+        none_left = ~((gain > 0) & open_).any(1, keepdim=True)
+        at = _first_best(torch.where(none_left, weight, gain), open_)
+        here = torch.zeros_like(good).scatter(1, at, True) & open_
+        place = place.masked_fill(here, step)
+        chosen = unit.gather(1, at[:, :, None].expand(-1, -1, unit.shape[2]))
+        cosine = (unit @ chosen.transpose(1, 2))[:, :, 0].float().clamp(-1.0, 1.0).double()
+        of_chosen = rows.gather(2, at[:, None].expand(-1, keep, -1))
+        root = residual.gather(1, at).sqrt()
+        row = (cosine - (of_chosen * rows).sum(1)) / root
+        row = row.masked_fill(none_left, 0.0)
+        rows[:, step] = row
+        residual = residual - row.square()
+    return place
 
 
 def contextual_slots(dropped: Tensor, contextual: int) -> Tensor:

@@ -124,9 +124,10 @@ inline int check_choice(const std::string& value, const char* name,
 inline void check_weight_values(const MaybeTensor& w, const char* name) {
   if (!w) return;
   const float* data = static_cast<const float*>(w->const_data_ptr());
-  for (int64_t i = 0; i < w->size(0); ++i) {
-    for (int64_t j = 0; j < w->size(1); ++j) {
-      const float value = data[i * w->stride(0) + j * w->stride(1)];
+  const int64_t rows = w->dim() == 2 ? w->size(0) : 1, last = w->dim() - 1;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < w->size(last); ++j) {
+      const float value = data[i * w->stride(0) + j * w->stride(last)];
       CDROP_CHECK(value >= 0.0f && !std::isinf(value), name, "be finite and >= 0", number(value));
     }
   }

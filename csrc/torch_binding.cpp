@@ -1,71 +1,17 @@
-// The one file that knows torch: it checks arguments, turns tensors into pointers and strides, and
-// registers the CPU kernels. Stable ABI only. Schemas are defined in consensusdrop_kernels/ops.py.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+// The ops of the flagship and its parts, as torch sees them: checks arguments, turns tensors into
+// pointers and strides (binding.h), and registers the CPU kernels. Stable ABI only. The other ops
+// are in binding_*.cpp, the schemas in consensusdrop_kernels/ops.py.
 #include <cmath>
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
-#include "kernels/cpu/kernels.h"
+#include "binding.h"
 #ifdef CDROP_WITH_CUDA
 #include "kernels/cuda/device.h"
 #endif
 
 namespace cdrop::binding {
 namespace {
-
-cpu::Threads threads() {
-  return {torch::stable::get_num_threads(),
-          [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-            torch::stable::parallel_for(0, n, 1, body);
-          }};
-}
-
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: return DType::kFloat32;
-  }
-}
-
-Rows rows_of(const Tensor& t) {
-  Rows rows;
-  rows.data = t.const_data_ptr();
-  rows.dtype = dtype_of(t);
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows.stride[i] = t.stride(i);
-  return rows;
-}
-
-template <typename T>
-Matrix<T> matrix_of(const MaybeTensor& t) {
-  Matrix<T> m;
-  if (!t) return m;
-  m.data = static_cast<const T*>(t->const_data_ptr());
-  // A matrix without elements is still there.
-  static const T kNothing{};
-  if (m.data == nullptr) m.data = &kNothing;
-  m.stride[0] = t->dim() == 2 ? t->stride(0) : 0;
-  m.stride[1] = t->stride(t->dim() - 1);
-  return m;
-}
-
-// Tokens and metrics may have any strides; only a last one other than 1 costs a copy.
-Tensor with_unit_stride(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
-}
-
-Tensor output(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
-  return torch::stable::new_empty(like, {size.data(), size.size()}, dtype);
-}
-
-std::string batch_by(int64_t batch, const char* name, int64_t count) {
-  return text("[B=", batch, ", ", name, "=", count, "]");
-}
 
 // What the arguments of attention_saliency are called by the op that takes them.
 struct SaliencyNames {

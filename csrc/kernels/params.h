@@ -7,6 +7,7 @@ namespace cdrop {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
 enum class Reduce : int32_t { kMean, kMax };
+enum class Objective : int32_t { kMaxmin, kDpp };
 enum class Fusion : int32_t { kRank, kRrf, kSum, kZscore, kProduct, kMax };
 
 // A strided view of up to three leading dimensions over rows whose elements are adjacent.
@@ -38,6 +39,43 @@ struct SaliencyParams {
   Matrix<uint8_t> key_valid;  // [B, P+N - valid_from]: keys before `valid_from` are all valid
   int64_t valid_from = 0;
   Matrix<float> query_weight;  // [B, M]
+  // Factors on the products of each key [B, P+N] and each row [B, M], adjacent, or both null.
+  const float *key_factor = nullptr, *row_factor = nullptr;
+};
+
+// attention_saliency.varlen: q [T, Hq, d], k [T, Hk, d], cu_seqlens [S+1] -> [T].
+struct PackedSaliencyParams {
+  SaliencyParams all;  // strides as of one sample [1, H, T, d]; its sizes of rows and keys unused
+  const int64_t* starts = nullptr;  // [sequences + 1]
+  int64_t sequences = 0;
+};
+
+// similarity_saliency: text [B, T, D], visual [B, N, D] -> [B, N].
+struct SimilarityParams {
+  Rows text, visual;
+  int64_t batch = 0, rows = 0, tokens = 0, width = 0;
+  double temperature = 0.01;
+  Matrix<uint8_t> text_valid, visual_valid;
+  Reduce reduce = Reduce::kMax;
+};
+
+// adaptive_split_select: visual, textual [B, N] -> index [B, K], split [B].
+struct SplitParams {
+  Matrix<float> visual, textual;
+  int64_t batch = 0, tokens = 0, keep = 0;
+  double reserve = 0.25;
+  Matrix<uint8_t> valid;
+  int64_t *index = nullptr, *split = nullptr;
+};
+
+// greedy_diverse_select: features [B, N, F] -> index [B, K].
+struct DiverseParams {
+  Rows features;
+  int64_t batch = 0, tokens = 0, width = 0, keep = 0;
+  Objective objective = Objective::kMaxmin;
+  Matrix<float> relevance;
+  Matrix<uint8_t> valid;
+  int64_t* index = nullptr;
 };
 
 // consensus_select: visual, textual [B, N] -> index [B, K], score [B, N] (both contiguous).

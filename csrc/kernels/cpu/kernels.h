@@ -18,6 +18,11 @@ struct Threads {
 const char* capability();
 
 void attention_saliency(const SaliencyParams& params, float* out, const Threads& threads);
+void attention_saliency_varlen(const PackedSaliencyParams& params, float* out,
+                               const Threads& threads);
+void similarity_saliency(const SimilarityParams& params, float* out, const Threads& threads);
+void adaptive_split_select(const SplitParams& params, const Threads& threads);
+void greedy_diverse_select(const DiverseParams& params, const Threads& threads);
 void consensus_select(const SelectParams& params, const Threads& threads);
 void token_merge(const MergeParams& params, const Threads& threads);
 // The parts above in one call; `textual.q.data` is null for the encoder's saliency alone.

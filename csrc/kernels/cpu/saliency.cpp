@@ -1,17 +1,22 @@
 #include "saliency.h"
 
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
 namespace cdrop::cpu {
-SaliencyWork::SaliencyWork(const SaliencyParams& params)
+
+SaliencyWork::SaliencyWork(const SaliencyParams& params, int64_t samples)
     : params_(params), group_(params.query_heads / params.key_heads) {
   // How much one task takes depends on the shape alone, never on the number of threads: that keeps
-  // the result the same to the bit. Few heads of many rows are split by rows (a maximum is over the
-  // rows of one head, so there a part is whole heads); many heads of few rows are taken together.
+  // the result the same to the bit. Few heads of many rows are split by rows (for the maximum over
+  // each of several heads, into whole heads); many heads of few rows are taken together.
   const int64_t group_rows = group_ * params.rows;
-  const int64_t unit = params.reduce == Reduce::kMax ? params.rows : kMaxRowBlock;
+  const bool whole_heads = params.reduce == Reduce::kMax && !parts_by_max();
+  const int64_t unit = whole_heads ? params.rows : kMaxRowBlock;
   const int64_t units = (group_rows + unit - 1) / unit;
-  const int64_t all_heads = std::max<int64_t>(1, params.batch * params.key_heads);
+  const int64_t all_heads =
+      std::max<int64_t>(1, std::max(params.batch, samples) * params.key_heads);
   const int64_t wanted = std::clamp<int64_t>(64 / all_heads, 1, 8);
   const int64_t per_part = (units + wanted - 1) / wanted;
   part_rows_ = per_part * unit;
@@ -84,6 +89,10 @@ void SaliencyWork::run(int64_t task, float* scratch) const {
     t.valid_from = p.valid_from;
   }
   t.weight = weight_.get() + b * p.rows;
+  if (p.key_factor != nullptr) {
+    t.key_factor = p.key_factor + b * p.keys;
+    t.row_factor = p.row_factor + b * p.rows;
+  }
   t.scratch = scratch;
   t.out = partial_.get() + task * tokens();
   simd().attention(t);
@@ -96,6 +105,12 @@ void SaliencyWork::combine(int64_t sample, float* out) const {
   std::copy(from, from + n, out);
   for (int64_t part = 1; part < per_sample; ++part) {
     const float* add = from + part * n;
+    if (parts_by_max()) {  // where NaN wins
+      for (int64_t i = 0; i < n; ++i) {
+        if (add[i] > out[i] || std::isnan(add[i])) out[i] = add[i];
+      }
+      continue;
+    }
     for (int64_t i = 0; i < n; ++i) out[i] += add[i];
   }
   const float share = 1.0f / static_cast<float>(params_.query_heads);
@@ -108,6 +123,43 @@ void attention_saliency(const SaliencyParams& params, float* out, const Threads&
   for_each_task(threads, work.tasks(), work.scratch_floats(),
                 [&](int64_t task, float* scratch) { work.run(task, scratch); });
   for (int64_t b = 0; b < params.batch; ++b) work.combine(b, out + b * n);
+}
+
+namespace {
+
+// One sequence of a pack, as a sample of its own.
+SaliencyParams sequence(const PackedSaliencyParams& params, int64_t number) {
+  SaliencyParams p = params.all;
+  const int64_t start = params.starts[number];
+  const int64_t size = p.q.dtype == DType::kFloat32 ? 4 : 2;
+  p.batch = 1;
+  p.rows = p.keys = params.starts[number + 1] - start;
+  p.q.data = static_cast<const char*>(p.q.data) + start * p.q.stride[2] * size;
+  p.k.data = static_cast<const char*>(p.k.data) + start * p.k.stride[2] * size;
+  if (p.lse != nullptr) p.lse += start * p.lse_stride[2];
+  if (p.query_weight) p.query_weight.data += start * p.query_weight.stride[1];
+  return p;
+}
+
+}  // namespace
+
+void attention_saliency_varlen(const PackedSaliencyParams& params, float* out,
+                               const Threads& threads) {
+  std::vector<SaliencyWork> work;
+  std::vector<int64_t> first{0}, number;  // the first task of each sequence that has tokens
+  int64_t scratch_floats = 0;
+  for (int64_t s = 0; s < params.sequences; ++s) {
+    if (params.starts[s + 1] == params.starts[s]) continue;
+    work.emplace_back(sequence(params, s), params.sequences);
+    first.push_back(first.back() + work.back().tasks());
+    number.push_back(s);
+    scratch_floats = std::max(scratch_floats, work.back().scratch_floats());
+  }
+  for_each_task(threads, first.back(), scratch_floats, [&](int64_t task, float* scratch) {
+    const int64_t at = std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;
+    work[at].run(task - first[at], scratch);
+  });
+  for (size_t i = 0; i < work.size(); ++i) work[i].combine(0, out + params.starts[number[i]]);
 }
 
 }  // namespace cdrop::cpu

@@ -9,7 +9,8 @@ namespace cdrop::cpu {
 
 class SaliencyWork {
  public:
-  explicit SaliencyWork(const SaliencyParams& params);
+  // `samples`: how many run side by side, should that be more than the batch.
+  explicit SaliencyWork(const SaliencyParams& params, int64_t samples = 1);
 
   int64_t tasks() const { return params_.batch * tasks_of_sample(); }
   int64_t scratch_floats() const {
@@ -22,6 +23,8 @@ class SaliencyWork {
  private:
   int64_t tasks_of_sample() const { return (params_.key_heads + heads_ - 1) / heads_ * parts_; }
   int64_t tokens() const { return params_.keys - params_.prefix; }
+  // A maximum is over the rows of one head: parts of a head are combined by it, heads are added.
+  bool parts_by_max() const { return params_.reduce == Reduce::kMax && params_.query_heads == 1; }
 
   SaliencyParams params_;
   int64_t group_;         // query heads of a key head

@@ -1,6 +1,6 @@
 // The inner loops that are compiled once per instruction set, and their arguments.
 //
-// simd_kernels.cpp is built several times with different flags, so it must not instantiate
+// The simd_*.cpp are built several times with different flags, so they must not instantiate
 // anything of the standard library that another file also uses: the linker would keep one copy, and
 // that one might need instructions this processor lacks. Plain pointers only.
 #pragma once
@@ -35,8 +35,10 @@ struct AttentionTask {
   const uint8_t* key_valid;  // of key `valid_from` on, or null
   int64_t valid_stride, valid_from;
   const float* weight;  // [rows]; rows of weight 0 are skipped
-  float* scratch;       // attention_scratch floats
-  float* out;           // [keys - prefix], written: the sum over the task's heads and rows
+  // Factors on the products of each key and of each row, or both null.
+  const float *key_factor, *row_factor;
+  float* scratch;  // attention_scratch floats
+  float* out;      // [keys - prefix], written: the sum over the task's heads and rows
 };
 
 // The vectors that say which tokens of one sample are alike: the mean over heads of its rows.
@@ -77,6 +79,21 @@ struct MergeTask {
   void* out;                   // [width]
 };
 
+// Products of a few vectors with some rows of one sample. Each is summed in an order that depends
+// on the width alone, so equal rows have equal products, whatever stands beside them.
+struct DotsTask {
+  const void* rows;  // the first of them
+  DType dtype;
+  int64_t row_stride, width;
+  int64_t count;
+  const float* power;  // [count]: factor on each row, a power of two
+  const float* q;      // [queries][padded(width, kScratchPad)], as `widen` leaves them
+  int64_t queries;     // 1, or a multiple of kDotQueries
+  float* out;          // [queries][out_stride]
+  int64_t out_stride;
+};
+constexpr int64_t kDotQueries = 4;  // vectors the dots kernel takes at once
+
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A row of `width` elements in units of `per`, an even number of them.
@@ -104,7 +121,24 @@ struct SimdKernels {
                        int64_t padded, float* scratch);
   void (*nearest)(const NearestTask&);
   void (*merge)(const MergeTask&);
+  void (*dots)(const DotsTask&);
+  // The largest absolute value of a row; NaN where an element is NaN or infinite.
+  float (*largest)(const void* row, DType dtype, int64_t width);
+  // to[c] = factor * row[c], with zeros from `width` to the next multiple of kScratchPad.
+  void (*widen)(const void* row, DType dtype, int64_t width, float factor, float* to);
+  // The same in the type of the row, without the zeros.
+  void (*rescale)(const void* row, DType dtype, int64_t width, float factor, void* to);
 };
+
+#ifdef CDROP_SIMD
+// Those of simd_dots.cpp, compiled for the instruction set of this file.
+namespace CDROP_SIMD {
+void dots(const DotsTask& task);
+float largest(const void* row, DType dtype, int64_t width);
+void widen(const void* row, DType dtype, int64_t width, float factor, float* to);
+void rescale(const void* row, DType dtype, int64_t width, float factor, void* to);
+}  // namespace CDROP_SIMD
+#endif
 
 extern const SimdKernels kBaselineKernels;
 #ifdef CDROP_X86

@@ -1,4 +1,5 @@
-// The vector loops of the CPU kernels; compiled once per instruction set (CDROP_SIMD names which).
+// The vector loops of attention and merging; compiled once per instruction set (CDROP_SIMD names
+// which), as those of simd_dots.cpp.
 // See simd.h for why nothing of the standard library is used here.
 #include <cstddef>
 
@@ -99,8 +100,9 @@ void block_products(const AttentionTask& task, const T* k, int64_t j, const floa
   constexpr int64_t kChunk = 128;  // units: a constant, so that one address reaches all keys
   alignas(64) float tile[kLanes * kChunk];
   const int64_t units = row_units(task.width, Unit::kPer);
-  Vec sum[kLanes] = {};
+  Vec total[kLanes] = {};  // long rows are summed chunk by chunk, which rounds less
   for (int64_t from = 0; from < units; from += kChunk) {
+    Vec sum[kLanes] = {};
     const int64_t size = units - from < kChunk ? units - from : kChunk;
     const int64_t left = task.width - from * Unit::kPer;
     const int64_t width = left < kChunk * Unit::kPer ? left : kChunk * Unit::kPer;
@@ -126,11 +128,13 @@ void block_products(const AttentionTask& task, const T* k, int64_t j, const floa
         sum[n] = Unit::multiply_add(sum[n], rows, reinterpret_cast<Vec>(pair - Pairs{}));
       }
     }
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) total[n] += sum[n];
   }
-  // Lane 2 r + e of sum[n]: add up e, then bring each row's keys together.
+  // Lane 2 r + e of total[n]: add up e, then bring each row's keys together.
   Vec t[kRowBlock];
 #pragma GCC unroll 8
-  for (int n = 0; n < kRowBlock; ++n) t[n] = pair_sums<1>(sum[2 * n], sum[2 * n + 1]);
+  for (int n = 0; n < kRowBlock; ++n) t[n] = pair_sums<1>(total[2 * n], total[2 * n + 1]);
 #pragma GCC unroll 8
   for (int n = 0; n < kRowBlock; n += 2) exchange<2>(&t[n], &t[n + 1]);
   if constexpr (kRowBlock >= 4) {
@@ -239,6 +243,10 @@ void nan_row(const AttentionTask& task, const Row& row, float* p) {
 
 // Turn one row's dot products into probabilities and add them to `out` [keys - prefix].
 void add_row(const AttentionTask& task, const Row& row, float* s, float* out) {
+  if (task.key_factor != nullptr) {
+    const float factor = task.row_factor[row.row];
+    for (int64_t j = 0; j < task.keys; ++j) s[j] = s[j] * task.key_factor[j] * factor;
+  }
   float shift = mask_logits(task, row, s);
   float factor = task.reduce == Reduce::kMean ? row.weight : 1.0f;
   if (task.lse != nullptr) {
@@ -639,7 +647,15 @@ void merge(const MergeTask& task) {
 #define CDROP_STRING_(name) #name
 #define CDROP_STRING(name) CDROP_STRING_(name)
 extern const SimdKernels CDROP_SIMD_TABLE;
-const SimdKernels CDROP_SIMD_TABLE = {
-    CDROP_STRING(CDROP_SIMD), kRowBlock, attention, slot_vectors, nearest, merge};
+const SimdKernels CDROP_SIMD_TABLE = {CDROP_STRING(CDROP_SIMD),
+                                      kRowBlock,
+                                      attention,
+                                      slot_vectors,
+                                      nearest,
+                                      merge,
+                                      CDROP_SIMD::dots,
+                                      CDROP_SIMD::largest,
+                                      CDROP_SIMD::widen,
+                                      CDROP_SIMD::rescale};
 
 }  // namespace cdrop::cpu
