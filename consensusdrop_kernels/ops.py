@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
+from . import triton as triton_ops
 
 SCHEMAS = {
     "attention_saliency": (
@@ -332,6 +333,13 @@ def _load_kernels() -> str:
 
 _kernels_missing = _load_kernels()
 
+# Imported at the first call. What the compiled kernels cover stays theirs.
+_triton = {op: triton_ops.function(op) for op in triton_ops.OPS}
+if triton_ops.installed():
+    for _op, _function in _triton.items():
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"cdrop::{_op}", "CUDA"):
+            _library.impl(_op, _function, "CUDA")
+
 
 def backends() -> dict[str, Backend]:
     """What can run the ops here: `cuda`, `triton`, `cpu` and `reference`, each with the reason
@@ -342,10 +350,22 @@ def backends() -> dict[str, Backend]:
         _kernels_missing or f"C++ kernels, {torch.ops.cdrop_info.cpu_capability()}",
         () if _kernels_missing else _CPU_OPS,
     )
-    found["triton"] = Backend(False, "this version has no Triton kernels yet")
+    found["triton"] = _triton_backend()
     missing = _kernels_missing or torch.ops.cdrop_info.cuda_missing()
     found["cuda"] = Backend(False, missing or "this version has no CUDA C++ kernels yet")
     return {name: found[name] for name in NAMES}
+
+
+def _triton_device() -> str:
+    return "cpu" if triton_ops.interpreted() else "cuda"
+
+
+def _triton_backend() -> Backend:
+    missing = triton_ops.missing()
+    if missing:
+        return Backend(False, missing)
+    where = "interpreted, on the CPU" if triton_ops.interpreted() else "on CUDA and ROCm devices"
+    return Backend(True, f"Triton kernels, {where}", tuple(triton_ops.OPS))
 
 
 def _refusing(op: str, backend: str, device: str) -> Callable:
@@ -390,6 +410,8 @@ def _override(name: str) -> torch.library.Library | None:
         for op, (key, device) in itertools.product(SCHEMAS, (("CPU", "cpu"), ("CUDA", "cuda"))):
             if name == "reference":
                 function = _definition(op)
+            elif name == "triton" and op in backend.ops and device == _triton_device():
+                function = _triton[op]
             elif name == device and op in backend.ops:
                 continue  # the compiled kernel is what the dispatcher holds already
             else:

@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import consensusdrop_kernels as cdrop
+from consensusdrop_kernels.triton import interpreted
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 GPU_BACKENDS = ("triton", "cuda")
@@ -67,6 +68,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """
     if "backend" in metafunc.fixturenames:
         here = [name for name in BACKENDS if why_missing(name) is None]
+        if interpreted():  # slow, and the other backends have a run of their own
+            here = ["triton"]
         marks = {name: [pytest.mark.gpu] if name in GPU_BACKENDS else [] for name in here}
         params = [pytest.param(name, marks=marks[name]) for name in here]
         metafunc.parametrize("backend", params, indirect=True)
@@ -76,7 +79,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """A backend, with `use_backend` in force for the test."""
     with cdrop.use_backend(request.param):
-        yield Backend(request.param, "cuda" if request.param in GPU_BACKENDS else "cpu")
+        on_gpu = request.param in GPU_BACKENDS and not interpreted()
+        yield Backend(request.param, "cuda" if on_gpu else "cpu")
 
 
 @pytest.fixture

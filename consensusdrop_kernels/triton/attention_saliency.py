@@ -1,0 +1,430 @@
+"""`attention_saliency`: column sums of a softmax that is never stored.
+
+At most three launches. Without an `lse` the first reads the keys once and leaves each row's
+statistics; the second holds a block of keys, walks over the query rows and writes the block's
+column sums; the third adds the parts of the heads in a fixed order. A tile of rows is `HEADS`
+query heads of one key head by `BLOCK_M` rows, so that few rows of many heads fill a tile and read
+the keys together. Logits are in base 2: `s c` with `c = scale log2(e)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _checks
+
+LOG2E = math.log2(math.e)
+#: Splits of the keys that the second launch can put together again.
+MAX_SPLITS = 32
+#: Programs that one multiprocessor should be given before the work is split no further.
+PROGRAMS_PER_CORE = 2
+
+
+@triton.jit
+def _finite_or_zero(x):
+    """`x` where it can be subtracted without making a NaN."""
+    return tl.where((x == float("inf")) | (x == float("-inf")), 0.0, x)
+
+
+@triton.jit
+def _tile_rows(first_head, heads_end, m0, rows, HEADS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Head and row of each line of a row tile, and whether it exists: three [HEADS * BLOCK_M]."""
+    r = tl.arange(0, HEADS * BLOCK_M)
+    head = first_head + r // BLOCK_M
+    m = m0 + r % BLOCK_M
+    return head, m, (head < heads_end) & (m < rows)
+
+
+@triton.jit
+def _load_block(ptrs, there, d0, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns `d0 ..` of the rows that `ptrs` [R] point at, zero outside: [R, BLOCK_D]."""
+    d = d0 + tl.arange(0, BLOCK_D)
+    return tl.load(ptrs[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _products(q, k, q_ptrs, q_there, k_ptrs, k_there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`Q K^T` of a row tile and a block of keys, float32: [R, BLOCK_N]. Of `q` and `k` the one
+    that stays is loaded already, the other is None; where a chunk holds no whole vector neither
+    is, and both come in chunks, which keeps float32 operands in registers."""
+    if BLOCK_D >= D:
+        if q is None:
+            q = _load_block(q_ptrs, q_there, 0, D, BLOCK_D)  # [R, BLOCK_D]
+        if k is None:
+            k = _load_block(k_ptrs, k_there, 0, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    else:
+        s = tl.zeros([q_ptrs.shape[0], k_ptrs.shape[0]], tl.float32)
+        for d0 in range(0, D, BLOCK_D):
+            part_q = _load_block(q_ptrs, q_there, d0, D, BLOCK_D)
+            part_k = _load_block(k_ptrs, k_there, d0, D, BLOCK_D)
+            s = tl.dot(part_q, tl.trans(part_k), s, input_precision="ieee")
+    return s
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "keys", "group", "chunks", "row_tiles", "splits", "keys_per_split", "scale2",
+        "stride_vb", "stride_vn",
+    ]
+)  # fmt: skip
+def _attention_saliency_rows_kernel(
+    q_ptr, k_ptr, valid_ptr, max_ptr, sum_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vn,
+    key_heads, group, chunks, rows, row_tiles, keys, splits, keys_per_split, scale2,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Largest logit and sum of exponentials of each row over one split of the keys, to
+    [B, Hq, M, splits]; their base-2 log-sum-exp, to `max_ptr`, when there is one split."""
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    m0 = (pid % row_tiles) * BLOCK_M
+    pid //= row_tiles
+    chunk = pid % chunks
+    key_head = (pid // chunks % key_heads).to(tl.int64)
+    b = (pid // chunks // key_heads).to(tl.int64)
+
+    first = key_head * group
+    head, m, there = _tile_rows(
+        first + chunk * HEADS, first + group, m0, rows, HEADS, BLOCK_M
+    )  # [R]
+    q_ptrs = q_ptr + b * stride_qb + head * stride_qh + m.to(tl.int64) * stride_qm
+    k_ptr += b * stride_kb + key_head * stride_kh
+    q = _load_block(q_ptrs, there, 0, D, BLOCK_D)  # [R, BLOCK_D]
+
+    start = split * keys_per_split
+    end = tl.minimum(start + keys_per_split, keys)
+    if CAUSAL:  # aligned at the bottom right: the last row of the tile sees the most keys
+        end = tl.minimum(end, tl.minimum(m0 + BLOCK_M, rows) + keys - rows)
+    top = tl.full([HEADS * BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS * BLOCK_M], tl.float32)
+    for n0 in range(start, end, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = n < end
+        k_ptrs = k_ptr + n.to(tl.int64) * stride_kn
+        s = _products(q, None, q_ptrs, there, k_ptrs, inside, D, BLOCK_D) * scale2  # [R, BLOCK_N]
+        seen = inside
+        if valid_ptr is not None:
+            seen &= tl.load(valid_ptr + b * stride_vb + n * stride_vn, mask=inside, other=False)
+        if CAUSAL:
+            s = tl.where(seen[None, :] & (n[None, :] <= m[:, None] + keys - rows), s, float("-inf"))
+        else:
+            s = tl.where(seen[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shift = _finite_or_zero(new_top)
+        # A row that has seen nothing has no shift to correct: 0 * inf would make it NaN.
+        total = tl.where(total == 0.0, 0.0, total * tl.exp2(_finite_or_zero(top) - shift))
+        total += tl.sum(tl.exp2(s - shift[:, None]), 1)
+        top = new_top
+
+    line = ((b * key_heads * group + head) * rows + m) * splits + split
+    if sum_ptr is None:
+        tl.store(max_ptr + line, _finite_or_zero(top) + tl.log2(total), mask=there)
+    else:
+        tl.store(max_ptr + line, top, mask=there)
+        tl.store(sum_ptr + line, total, mask=there)
+
+
+@triton.jit
+def _row_shift(lse_ptr, sum_ptr, line, there, splits, SPLITS: tl.constexpr):
+    """Base-2 log-sum-exp of each row [R]: given in natural logarithms (`SPLITS = 0`), left by the
+    first launch (1), or in as many pieces."""
+    if SPLITS == 0:
+        shift = tl.load(lse_ptr + line, mask=there, other=float("inf")) * 1.4426950408889634
+    elif SPLITS == 1:
+        shift = tl.load(lse_ptr + line, mask=there, other=float("inf"))
+    else:
+        piece = tl.arange(0, SPLITS)
+        at = line[:, None] + piece[None, :]  # [R, SPLITS]
+        mask = there[:, None] & (piece < splits)[None, :]
+        tops = tl.load(lse_ptr + at, mask=mask, other=float("-inf"))
+        sums = tl.load(sum_ptr + at, mask=mask, other=0.0)
+        top = _finite_or_zero(tl.max(tops, 1))
+        factor = tl.exp2(_finite_or_zero(tops) - top[:, None])
+        shift = top + tl.log2(tl.sum(tl.where(sums == 0.0, 0.0, sums * factor), 1))
+    return shift
+
+
+@triton.jit
+def _weight_sum(weight_ptr, rows, stride_wm, BLOCK_M: tl.constexpr):
+    """Sum of a sample's weights, 1 if they are all 0; in float64, where no sum of float32 weights
+    overflows or vanishes."""
+    m = tl.arange(0, BLOCK_M)
+    total = tl.zeros([BLOCK_M], tl.float64)
+    for m0 in range(0, rows, BLOCK_M):
+        w = tl.load(weight_ptr + (m0 + m) * stride_wm, mask=m0 + m < rows, other=0.0)
+        total += w.to(tl.float64)
+    whole = tl.sum(total, 0)
+    return tl.where(whole > 0.0, whole, 1.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "keys", "prefix", "group", "chunks", "chunks_per_part", "splits", "tokens",
+        "scale2", "out_scale", "stride_vb", "stride_vn", "stride_wb", "stride_wm", "stride_lb",
+        "stride_lh", "stride_lm", "key_heads", "parts", "token_blocks",
+    ]
+)  # fmt: skip
+def _attention_saliency_columns_kernel(
+    q_ptr, k_ptr, valid_ptr, weight_ptr, lse_ptr, sum_ptr, out_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vn,
+    stride_wb, stride_wm, stride_lb, stride_lh, stride_lm,
+    key_heads, group, chunks, chunks_per_part, parts, rows, keys, prefix, tokens, token_blocks,
+    splits, scale2, out_scale,
+    MAX: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr, INLINE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What one part of the heads gives to one block of keys, to [B, Hk * parts, N]."""
+    pid = tl.program_id(0)
+    n = (pid % token_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid //= token_blocks
+    part = pid % parts
+    key_head = pid // parts % key_heads
+    b = (pid // parts // key_heads).to(tl.int64)
+
+    inside = n < tokens
+    key = n + prefix
+    k_ptr += b * stride_kb + key_head.to(tl.int64) * stride_kh
+    k_ptrs = k_ptr + key.to(tl.int64) * stride_kn
+    k = _load_block(k_ptrs, inside, 0, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    q_ptr += b * stride_qb
+    if weight_ptr is not None:
+        weight_ptr += b * stride_wb
+        if INLINE:
+            per_weight = 1.0 / _weight_sum(weight_ptr, rows, stride_wm, HEADS * BLOCK_M)
+    first = key_head * group
+    m_start = 0
+    if CAUSAL:  # the rows above see none of these keys
+        m_start = tl.maximum(tl.min(key, 0) - (keys - rows), 0) // BLOCK_M * BLOCK_M
+
+    out = tl.zeros([BLOCK_N], tl.float32)
+    last_chunk = tl.minimum((part + 1) * chunks_per_part, chunks)
+    for chunk in range(part * chunks_per_part, last_chunk):
+        # Probabilities are added or compared where they arise; one reduction at the end.
+        if MAX:
+            acc = tl.zeros([HEADS * BLOCK_M, BLOCK_N], tl.int32)
+        else:
+            acc = tl.zeros([HEADS * BLOCK_M, BLOCK_N], tl.float32)
+        for m0 in range(m_start, rows, BLOCK_M):
+            head, m, there = _tile_rows(
+                first + chunk * HEADS, first + group, m0, rows, HEADS, BLOCK_M
+            )  # [R]
+            q_ptrs = q_ptr + head.to(tl.int64) * stride_qh + m.to(tl.int64) * stride_qm
+            line = b * stride_lb + head.to(tl.int64) * stride_lh + m.to(tl.int64) * stride_lm
+            shift = _row_shift(lse_ptr, sum_ptr, line, there, splits, SPLITS)
+            if weight_ptr is not None:
+                w = tl.load(weight_ptr + m * stride_wm, mask=there, other=0.0)
+                if INLINE:
+                    w = (w.to(tl.float64) * per_weight).to(tl.float32)
+                # The weight goes into the exponent, so that nothing but the shift outlives it.
+                more = shift if MAX else shift - tl.log2(w)
+                shift = tl.where(w > 0.0, more, float("inf"))
+            live = there & (shift != float("inf")) & (shift != float("-inf"))
+            s = _products(None, k, q_ptrs, there, k_ptrs, inside, D, BLOCK_D)  # [R, BLOCK_N]
+            p = tl.exp2(s * scale2 - shift[:, None])
+            if CAUSAL:
+                p = tl.where(live[:, None] & (key[None, :] <= m[:, None] + keys - rows), p, 0.0)
+            else:
+                p = tl.where(live[:, None], p, 0.0)
+            if MAX:  # as integers, probabilities keep their order and NaN is above them all
+                acc = tl.maximum(acc, p.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+            else:
+                acc += p
+        if MAX:
+            per_head = tl.max(tl.reshape(acc, [HEADS, BLOCK_M, BLOCK_N]), 1)
+            out += tl.sum(per_head.to(tl.float32, bitcast=True), 0)
+        else:
+            out += tl.sum(acc, 0)
+
+    out *= out_scale
+    if valid_ptr is not None:
+        seen = tl.load(valid_ptr + b * stride_vb + key * stride_vn, mask=inside, other=False)
+        out = tl.where(seen, out, 0.0)
+    line = (b * key_heads + key_head) * parts + part
+    tl.store(out_ptr + line * tokens + n, out, mask=inside)
+
+
+@triton.jit(do_not_specialize=["parts", "tokens"])
+def _attention_saliency_sum_kernel(part_ptr, out_ptr, parts, tokens, BLOCK_N: tl.constexpr):
+    """Adds up [B, parts, N] over the parts, in order."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = tl.program_id(1).to(tl.int64)
+    inside = n < tokens
+    part_ptr += b * parts * tokens + n
+    out = tl.zeros([BLOCK_N], tl.float32)
+    for _ in range(0, parts):
+        out += tl.load(part_ptr, mask=inside, other=0.0)
+        part_ptr += tokens
+    tl.store(out_ptr + b * tokens + n, out, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "stride_wb", "stride_wm"])
+def _attention_saliency_shares_kernel(
+    weight_ptr, out_ptr, stride_wb, stride_wm, rows, BLOCK_M: tl.constexpr
+):
+    """Each row's share of its sample's weights, [B, M]."""
+    b = tl.program_id(0).to(tl.int64)
+    weight_ptr += b * stride_wb
+    per_weight = 1.0 / _weight_sum(weight_ptr, rows, stride_wm, BLOCK_M)
+    for m0 in range(0, rows, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        w = tl.load(weight_ptr + m * stride_wm, mask=m < rows, other=0.0)
+        share = (w.to(tl.float64) * per_weight).to(tl.float32)
+        tl.store(out_ptr + b * rows + m, share, mask=m < rows)
+
+
+class Tiles(NamedTuple):
+    """How one launch cuts its work; `heads * block_m` rows by `block_n` keys."""
+
+    heads: int
+    block_m: int
+    block_n: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+def tiles(rows: int, group: int, width: int, dtype: torch.dtype) -> Tiles:
+    """The tiles of both launches that multiply, from the shape alone.
+
+    Three heights serve all row counts, so that a prompt of another length is no new kernel: one
+    row, up to 16, and more. Heads fill the tile up to 64 rows. Few rows leave the tensor cores
+    idle whatever is done, so their blocks of keys are small, for more programs; many rows share a
+    block of 128 keys. Float32 is multiplied without tensor cores, from registers, in short chunks.
+    """
+    block_m = 1 if rows == 1 else 16 if rows <= 16 else 64
+    padded = max(16, triton.next_power_of_2(width))
+    if dtype == torch.float32:
+        block_m = min(block_m, 16)
+        heads = min(triton.next_power_of_2(group), 16 // block_m)
+        return Tiles(heads, 16 // heads, 32, 16, 4, 1)
+    heads = min(triton.next_power_of_2(group), 64 // block_m)
+    block_m = max(block_m, 16 // heads)
+    warps = 8 if heads * block_m == 64 else 4
+    if rows <= 64 or padded > 128:
+        return Tiles(heads, block_m, 64, padded, warps, 2)
+    return Tiles(heads, block_m, 128, padded, warps, 3 if padded <= 64 else 2)
+
+
+@functools.cache
+def _wanted_programs(device: torch.device) -> int:
+    if device.type != "cuda":  # the interpreter: enough to split what is small
+        return 8 * PROGRAMS_PER_CORE
+    cores = torch.cuda.get_device_properties(device).multi_processor_count
+    return cores * PROGRAMS_PER_CORE
+
+
+def _strides(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
+    return (0,) * rank if tensor is None else tensor.stride()
+
+
+class _Rows(NamedTuple):
+    """What the second launch reads of each row: a given `lse`, or statistics of the first."""
+
+    lse: Tensor
+    strides: tuple[int, ...]
+    sums: Tensor | None
+    splits: int
+    kind: int
+
+
+def _row_statistics(
+    q: Tensor, k: Tensor, key_valid: Tensor | None, causal: bool, scale2: float, t: Tiles
+) -> _Rows:
+    batch, heads, rows, width = q.shape
+    key_heads, keys = k.shape[1:3]
+    group = heads // key_heads
+    chunks, row_tiles = triton.cdiv(group, t.heads), triton.cdiv(rows, t.block_m)
+    programs = batch * key_heads * chunks * row_tiles
+    blocks = triton.cdiv(keys, t.block_n)
+    splits = min(triton.cdiv(_wanted_programs(q.device), programs), MAX_SPLITS, blocks)
+    per_split = triton.cdiv(blocks, splits) * t.block_n
+    splits = triton.cdiv(keys, per_split)
+    tops = torch.empty(batch, heads, rows, splits, dtype=torch.float32, device=q.device)
+    sums = torch.empty_like(tops) if splits > 1 else None
+    _attention_saliency_rows_kernel[(programs, splits)](
+        q, k, key_valid, tops, sums, *q.stride()[:3], *k.stride()[:3], *_strides(key_valid, 2),
+        key_heads, group, chunks, rows, row_tiles, keys, splits, per_split, scale2,
+        CAUSAL=causal, D=width, BLOCK_D=t.block_d, HEADS=t.heads, BLOCK_M=t.block_m,
+        BLOCK_N=t.block_n, num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+    return _Rows(tops, tops.stride()[:3], sums, splits, 1 if splits == 1 else MAX_SPLITS)
+
+
+def _shares(weight: Tensor) -> Tensor:
+    batch, rows = weight.shape
+    out = torch.empty(batch, rows, dtype=torch.float32, device=weight.device)
+    _attention_saliency_shares_kernel[(batch,)](
+        weight, out, *weight.stride(), rows, BLOCK_M=1024, num_warps=4
+    )
+    return out
+
+
+def attention_saliency(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    key_valid: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    prefix: int = 0,
+    causal: bool = False,
+    reduce: str = "mean",
+) -> Tensor:
+    """The op of this name; see `consensusdrop_kernels.attention_saliency`."""
+    _checks.attention(
+        q, k, scale=scale, lse=lse, key_valid=key_valid, query_weight=query_weight, prefix=prefix,
+        reduce=reduce,
+    )  # fmt: skip
+    batch, heads, rows, width = q.shape
+    key_heads, keys = k.shape[1:3]
+    tokens, group = keys - prefix, heads // key_heads
+    out = torch.empty(batch, tokens, dtype=torch.float32, device=q.device)
+    if batch == 0:
+        return out
+    t = tiles(rows, group, width, q.dtype)
+    scale2 = (width**-0.5 if scale is None else scale) * LOG2E
+    if lse is None:
+        stats = _row_statistics(q, k, key_valid, causal, scale2, t)
+    else:
+        stats = _Rows(lse, lse.stride(), None, 0, 0)
+
+    out_scale = 1.0 / heads
+    inline = False
+    if reduce == "mean" and query_weight is None:
+        out_scale /= rows
+    elif reduce == "mean" and query_weight is not None:
+        inline = rows <= t.block_m
+        query_weight = query_weight if inline else _shares(query_weight)
+    chunks, token_blocks = triton.cdiv(group, t.heads), triton.cdiv(tokens, t.block_n)
+    programs = batch * key_heads * token_blocks
+    parts = min(triton.cdiv(_wanted_programs(q.device), programs), chunks)
+    per_part = triton.cdiv(chunks, parts)
+    parts = triton.cdiv(chunks, per_part)
+    pieces = key_heads * parts
+    partial = out
+    if pieces > 1:
+        partial = torch.empty(batch, pieces, tokens, dtype=torch.float32, device=q.device)
+    _attention_saliency_columns_kernel[(programs * parts,)](
+        q, k, key_valid, query_weight, stats.lse, stats.sums, partial,
+        *q.stride()[:3], *k.stride()[:3], *_strides(key_valid, 2), *_strides(query_weight, 2),
+        *stats.strides, key_heads, group, chunks, per_part, parts, rows, keys, prefix, tokens,
+        token_blocks, stats.splits, scale2, out_scale,
+        MAX=reduce == "max", CAUSAL=causal, SPLITS=stats.kind, INLINE=inline, D=width,
+        BLOCK_D=t.block_d, HEADS=t.heads, BLOCK_M=t.block_m, BLOCK_N=t.block_n,
+        num_warps=t.warps, num_stages=1 if rows <= t.block_m else t.stages,
+    )  # fmt: skip
+    if pieces > 1:
+        grid = (triton.cdiv(tokens, 256), batch)
+        _attention_saliency_sum_kernel[grid](partial, out, pieces, tokens, BLOCK_N=256, num_warps=4)
+    return out
