@@ -19,6 +19,9 @@ import torch
 #: function of the op's name and schema.
 OPS = {
     "attention_saliency": "attention_saliency",
+    "consensus_select": "consensus_select",
+    "token_merge": "token_merge",
+    "select_merge": "select_merge",
 }
 
 
