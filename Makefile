@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 LATEST := $(abspath $(VENV))/transformers-latest
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: setup demo test test-all test-latest lint format bench gpu clean
+.PHONY: setup demo test test-all test-latest test-triton resources lint format bench gpu clean
 
 setup: $(VENV)/.built
 
@@ -46,13 +46,17 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-test: lint test-latest test-all
+test: lint test-latest test-all test-triton
 
 test-all: setup
 	$(PYTEST)
 
 test-latest: $(LATEST)/.installed
 	PYTHONPATH=$(LATEST) $(PYTEST) python_tests/hf
+
+# The Triton kernels on the CPU: the interpreter is chosen before Triton is imported.
+test-triton: setup
+	TRITON_INTERPRET=1 $(PYTEST) python_tests/triton_ops/interpreted
 
 bench: setup
 	mkdir -p build
@@ -63,6 +67,9 @@ bench: setup
 # bench; all of them without.
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(PART)
+
+resources: setup
+	$(BIN)/python -m python_tests.triton_ops.aot
 
 clean:
 	rm -rf $(VENV) build consensusdrop_kernels/*.so *.egg-info

@@ -306,7 +306,7 @@ def tiles(rows: int, group: int, width: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
         block_m = min(block_m, 16)
         heads = min(triton.next_power_of_2(group), 16 // block_m)
-        return Tiles(heads, 16 // heads, 32, 16, 4, 1)
+        return Tiles(heads, 16 // heads, 64, 16, 8, 1)
     heads = min(triton.next_power_of_2(group), 64 // block_m)
     block_m = max(block_m, 16 // heads)
     warps = 8 if heads * block_m == 64 else 4
