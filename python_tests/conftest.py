@@ -77,7 +77,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """A backend, with `use_backend` in force for the test."""
+    """A backend, with `use_backend` in force for the test, if it runs the op under test.
+
+    That is the parameter `op`, or what the module calls so.
+    """
+    op = request.node.callspec.params.get("op", getattr(request.module, "op", None))
+    name = str(op).removeprefix("cdrop.").removesuffix(".default")
+    if op is not None and name not in cdrop.backends()[request.param].ops:
+        pytest.skip(f"backend {request.param} does not run {name}")
     with cdrop.use_backend(request.param):
         on_gpu = request.param in GPU_BACKENDS and not interpreted()
         yield Backend(request.param, "cuda" if on_gpu else "cpu")

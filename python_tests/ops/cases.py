@@ -9,6 +9,13 @@ from torch import Tensor
 
 Args = dict[str, Any]
 
+
+def overload(name: str) -> torch._ops.OpOverload:
+    """An op of `torch.ops.cdrop`: `token_merge`, say, or `attention_saliency.varlen`."""
+    op, _, kind = name.partition(".")
+    return getattr(getattr(torch.ops.cdrop, op), kind or "default")
+
+
 LAYOUTS = ("contiguous", "transposed", "offset", "gapped", "expanded")
 
 
@@ -144,3 +151,69 @@ def select_merge_case(
         out["q_txt"] = draw(batch, heads, rows_txt, head_dim)
         out["k_txt"] = draw(batch, groups, tokens, head_dim)
     return {**out, "keep": keep, **more}
+
+
+def packed_case(
+    lengths: tuple[int, ...] = (7, 0, 33, 1),
+    heads: int = 4,
+    groups: int = 2,
+    width: int = 64,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    seed: int = 0,
+    **more: Any,
+) -> Args:
+    """Arguments of `attention_saliency.varlen`, in the order of the schema."""
+    g = generator(seed)
+    total = sum(lengths)
+    q = torch.randn(total, heads, width, generator=g) * 1.5
+    k = torch.randn(total, groups, width, generator=g)
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return {
+        "q": laid_out(q.to(dtype), layout),
+        "k": laid_out(k.to(dtype), layout),
+        "cu_seqlens": ends,
+        "max_seqlen": max(lengths, default=0),
+        **more,
+    }
+
+
+def similarity_case(
+    batch: int = 2,
+    rows: int = 7,
+    tokens: int = 33,
+    width: int = 40,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    seed: int = 0,
+    alike: float = 0.0,
+    **more: Any,
+) -> Args:
+    """Arguments of `similarity_saliency`; `alike` draws all vectors towards one direction."""
+    g = generator(seed)
+    common = torch.randn(width, generator=g) * alike
+    text = torch.randn(batch, rows, width, generator=g) + common
+    visual = torch.randn(batch, tokens, width, generator=g) + common
+    return {
+        "text": laid_out(text.to(dtype), layout),
+        "visual": laid_out(visual.to(dtype), layout),
+        **more,
+    }
+
+
+def diverse_case(
+    batch: int = 2,
+    tokens: int = 33,
+    keep: int = 9,
+    width: int = 24,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    seed: int = 0,
+    **more: Any,
+) -> Args:
+    """Arguments of `greedy_diverse_select`."""
+    features = torch.randn(batch, tokens, width, generator=generator(seed))
+    return {"features": laid_out(features.to(dtype), layout), "keep": keep, **more}

@@ -14,7 +14,17 @@ from torch._subclasses import FakeTensorMode
 
 import consensusdrop_kernels as cdrop
 
-from .cases import Args, merge_case, saliency_case, scores, select_merge_case
+from .cases import (
+    Args,
+    diverse_case,
+    merge_case,
+    overload,
+    packed_case,
+    saliency_case,
+    scores,
+    select_merge_case,
+    similarity_case,
+)
 
 ops = torch.ops.cdrop
 pytestmark = pytest.mark.usefixtures("poison")
@@ -31,6 +41,14 @@ def base(op: str) -> Args:
         return {"visual": scores(2, 20), "textual": scores(2, 20, seed=1), "keep": 5}
     if op == "token_merge":
         return merge_case(2, 20, 5, 8, 6)
+    if op == "attention_saliency.varlen":
+        return packed_case((5, 8, 0, 7), 4, 2, 16)
+    if op == "similarity_saliency":
+        return similarity_case(2, 3, 20, 16)
+    if op == "adaptive_split_select":
+        return {"visual": scores(2, 20), "textual": scores(2, 20, seed=1), "keep": 5}
+    if op == "greedy_diverse_select":
+        return diverse_case(2, 20, 5, 6)
     return select_merge_case(2, 20, 5, width=8, head_dim=16, rows_txt=3, prefix=1)
 
 
@@ -205,7 +223,96 @@ FLAGSHIP: list[Row] = [
     ("metric dtype", {"metric": ones(2, 20, 6).double()}, "metric", "float64"),
 ]
 
+
+def starts(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+PACKED: list[Row] = [
+    ("float64", {"q": ones(20, 4, 16).double()}, "q", "float64"),
+    ("q rank", {"q": ones(1, 4, 20, 16)}, "q", "[1, 4, 20, 16]"),
+    ("k rank", {"k": ones(20, 16)}, "k", "[20, 16]"),
+    ("key dtype", {"k": ones(20, 2, 16, dtype=half)}, "k", "float16"),
+    ("no head", {"q": ones(20, 0, 16)}, "q", "[20, 0, 16]"),
+    ("k tokens", {"k": ones(21, 2, 16)}, "k", "[21, 2, 16]"),
+    ("k width", {"k": ones(20, 2, 8)}, "k", "[20, 2, 8]"),
+    ("heads", {"k": ones(20, 3, 16)}, "the heads of q", "4"),
+    ("q stride", {"q": other_stride(20, 4, 16)}, "q", "2"),
+    ("k stride", {"k": other_stride(20, 2, 16)}, "k", "2"),
+    ("starts dtype", {"cu_seqlens": ones(5)}, "cu_seqlens", "float32"),
+    ("starts rank", {"cu_seqlens": starts(0, 20)[None]}, "cu_seqlens", "[1, 2]"),
+    ("no starts", {"cu_seqlens": starts()}, "cu_seqlens", "[0]"),
+    ("index of start", {"cu_seqlens": starts(1, 5, 20)}, "cu_seqlens", "1"),
+    ("index of end", {"cu_seqlens": starts(0, 5, 19), "max_seqlen": 20}, "cu_seqlens", "19"),
+    ("index below", {"cu_seqlens": starts(0, 9, 5, 20)}, "cu_seqlens", "5 after 9"),
+    ("index far", {"max_seqlen": 7}, "max_seqlen", "7"),
+    ("length below 0", {"max_seqlen": -1}, "max_seqlen", "-1"),
+    ("scale", {"scale": math.inf}, "scale", "inf"),
+    ("reduce", {"reduce": "sum"}, "reduce", '"sum"'),
+    ("lse dtype", {"lse": ones(4, 20, dtype=half)}, "lse", "float16"),
+    ("lse shape", {"lse": ones(20, 4)}, "lse", "[20, 4]"),
+    ("weight dtype", {"query_weight": ones(20).long()}, "query_weight", "int64"),
+    ("weight shape", {"query_weight": ones(1, 20)}, "query_weight", "[1, 20]"),
+    ("weight below 0", {"query_weight": with_one(ones(20), (3,), -2)}, "query_weight", "-2"),
+    ("device", {"k": ones(20, 2, 16, device="meta")}, "k", "meta"),
+    ("starts device", {"cu_seqlens": starts(0, 20).to("meta")}, "cu_seqlens", "meta"),
+]
+
+SIMILARITY: list[Row] = [
+    ("text dtype", {"text": ones(2, 3, 16).double()}, "text", "float64"),
+    ("text rank", {"text": ones(3, 16)}, "text", "[3, 16]"),
+    ("no text row", {"text": ones(2, 0, 16)}, "text", "[2, 0, 16]"),
+    ("visual rank", {"visual": ones(20, 16)}, "visual", "[20, 16]"),
+    ("visual dtype", {"visual": ones(2, 20, 16, dtype=half)}, "visual", "float16"),
+    ("visual batch", {"visual": ones(1, 20, 16)}, "visual", "[1, 20, 16]"),
+    ("visual width", {"visual": ones(2, 20, 8)}, "visual", "[2, 20, 8]"),
+    ("no visual token", {"visual": ones(2, 0, 16)}, "visual", "[2, 0, 16]"),
+    ("temperature 0", {"temperature": 0.0}, "temperature", "0"),
+    ("temperature nan", {"temperature": math.nan}, "temperature", "nan"),
+    ("temperature inf", {"temperature": math.inf}, "temperature", "inf"),
+    ("reduce", {"reduce": "last"}, "reduce", '"last"'),
+    ("text mask dtype", {"text_valid": ones(2, 3)}, "text_valid", "float32"),
+    ("text mask shape", {"text_valid": ones(2, 4, **mask)}, "text_valid", "[2, 4]"),
+    ("visual mask shape", {"visual_valid": ones(2, 3, **mask)}, "visual_valid", "[2, 3]"),
+    ("visual device", {"visual": ones(2, 20, 16, device="meta")}, "visual", "meta"),
+]
+
+SPLIT: list[Row] = [
+    *SCORES,
+    *(row for row in CHOICE if row[0].startswith(("keep", "valid"))),
+    ("no textual", {"textual": ones(2, 0)}, "textual", "[2, 0]"),
+    ("reserve below 0", {"reserve": -0.1}, "reserve", "-0.1"),
+    ("reserve above a half", {"reserve": 0.51}, "reserve", "0.51"),
+    ("reserve nan", {"reserve": math.nan}, "reserve", "nan"),
+]
+
+DIVERSE: list[Row] = [
+    ("features dtype", {"features": ones(2, 20, 6).double()}, "features", "float64"),
+    ("features rank", {"features": ones(20, 6)}, "features", "[20, 6]"),
+    ("no width", {"features": ones(2, 20, 0)}, "features", "[2, 20, 0]"),
+    *(row for row in CHOICE if row[0].startswith(("keep", "valid"))),
+    ("objective", {"objective": "dpps"}, "objective", '"dpps"'),
+    ("relevance dtype", {"relevance": ones(2, 20, dtype=half)}, "relevance", "float16"),
+    ("relevance shape", {"relevance": ones(20)}, "relevance", "[20]"),
+    (
+        "weight below 0",
+        {"relevance": with_one(ones(2, 20), (1, 4), -0.5), "objective": "dpp"},
+        "relevance",
+        "-0.5",
+    ),
+    (
+        "weight inf",
+        {"relevance": with_one(ones(2, 20), (1, 4), math.inf), "objective": "dpp"},
+        "relevance",
+        "inf",
+    ),
+]
+
 TABLE = {
+    "attention_saliency.varlen": PACKED,
+    "similarity_saliency": SIMILARITY,
+    "adaptive_split_select": SPLIT,
+    "greedy_diverse_select": DIVERSE,
     "attention_saliency": SALIENCY,
     "consensus_select": CHOICE + SCORES,
     "token_merge": MERGE,
@@ -232,9 +339,9 @@ def refusal(call: Callable[..., object], args: Args) -> str:
 @pytest.mark.parametrize(("op", "what", "change", "argument", "found"), ROWS)
 def test_refused_in_one_sentence(backend, op, what, change, argument, found):
     args = backend.place_all({**base(op), **change})
-    message = refusal(getattr(ops, op), args)
+    message = refusal(overload(op), args)
     with cdrop.use_backend("reference"):
-        assert message == refusal(getattr(ops, op), args), "the backends disagree"
+        assert message == refusal(overload(op), args), "the backends disagree"
     shape = re.fullmatch(r"(.+?) must (.+), got (.+)", message)
     assert shape, message
     assert shape[1] == argument
@@ -248,7 +355,7 @@ def test_refused_the_same_way_while_tracing(op, what, change, argument, found):
     if BY_VALUE.search(what):
         return
     args = {**base(op), **change}
-    message = refusal(getattr(ops, op), args)
+    message = refusal(overload(op), args)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = {
             n: mode.from_tensor(v) if isinstance(v, Tensor) and v.device.type != "meta" else v
@@ -256,13 +363,13 @@ def test_refused_the_same_way_while_tracing(op, what, change, argument, found):
         }
         if any(isinstance(v, Tensor) and v.is_meta for v in args.values()):
             return  # a fake tensor can't be mixed with a meta one
-        assert refusal(getattr(ops, op), fake) == message
+        assert refusal(overload(op), fake) == message
 
 
 @pytest.mark.parametrize("op", list(TABLE))
 def test_the_good_call_is_taken(backend, op):
     """Otherwise any of the above could pass for another reason."""
-    getattr(ops, op)(**backend.place_all(base(op)))
+    overload(op)(**backend.place_all(base(op)))
 
 
 @pytest.mark.parametrize("op", list(TABLE))
@@ -270,7 +377,7 @@ def test_a_refused_call_leaves_the_inputs_alone(backend, op):
     for _, change, *_ in TABLE[op][:6]:
         args = backend.place_all({**base(op), **change})
         before = {n: v.clone() for n, v in args.items() if isinstance(v, Tensor)}
-        refusal(getattr(ops, op), args)
+        refusal(overload(op), args)
         for name, value in before.items():
             assert value.is_meta or torch.equal(value, args[name])
 
@@ -279,7 +386,7 @@ def test_a_refused_call_leaves_the_inputs_alone(backend, op):
 def test_the_documented_functions_refuse_the_same(backend, op):
     _, change, _, _ = TABLE[op][0]
     args = backend.place_all({**base(op), **change})
-    assert refusal(getattr(cdrop, op), args) == refusal(getattr(ops, op), args)
+    assert refusal(getattr(cdrop, op.replace(".", "_")), args) == refusal(overload(op), args)
 
 
 def test_more_contextual_slots_than_tokens_is_no_error(backend):

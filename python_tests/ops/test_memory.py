@@ -17,7 +17,18 @@ from torch import Tensor
 
 import consensusdrop_kernels as cdrop
 
-from .cases import Args, merge_case, random_lse, random_mask, saliency_case, scores
+from .cases import (
+    Args,
+    diverse_case,
+    merge_case,
+    overload,
+    packed_case,
+    random_lse,
+    random_mask,
+    saliency_case,
+    scores,
+    similarity_case,
+)
 from .cases import select_merge_case as flagship
 from .checks import assert_same
 
@@ -44,13 +55,21 @@ def big_calls() -> list[tuple[str, Args]]:
         ("token_merge", merge_case(3, 577, 64, 512, 128, dtype=torch.bfloat16)),
         ("token_merge", merge_case(1, 577, 64, 700, 65, contextual=40, threshold=0.1, blend=0.5)),
         ("token_merge", merge_case(2, 50, 30, contextual=40)),
+        ("attention_saliency.varlen", packed_case((64, 0, 300, 64, 150), 4, 2, 72)),
+        ("attention_saliency.varlen", packed_case((64,) * 9, 4, 4, 64, reduce="max")),
+        ("similarity_saliency", similarity_case(2, 30, 577, 300)),
+        ("similarity_saliency", similarity_case(1, 9, 577, 200, dtype=torch.bfloat16)),
+        ("adaptive_split_select", {"visual": scores(3, 2880), "textual": scores(3, 2880, seed=1),
+                                   "keep": 300}),
+        ("greedy_diverse_select", diverse_case(2, 300, 20, 200)),
+        ("greedy_diverse_select", diverse_case(2, 300, 40, 100, objective="dpp")),
         ("select_merge", flagship(3, 577, 64, width=512, prefix=1, contextual=9)),
         ("select_merge", flagship(2, 60, 30, valid=random_mask((2, 60), 1, share=0.3))),
     ]  # fmt: skip
 
 
 def run(op: str, args: Args) -> tuple[Tensor, ...]:
-    out = getattr(ops, op)(**args)
+    out = overload(op)(**args)
     return (out,) if isinstance(out, Tensor) else tuple(out)
 
 

@@ -10,16 +10,65 @@ from torch._subclasses import FakeTensorMode
 
 from .cases import (
     Args,
+    diverse_case,
     merge_case,
+    overload,
+    packed_case,
     random_lse,
     random_mask,
     saliency_case,
     scores,
     select_merge_case,
+    similarity_case,
 )
 from .checks import assert_same
 
 ops = torch.ops.cdrop
+
+
+def more_samples() -> dict[str, dict[str, Args]]:
+    valid = random_mask((2, 30), seed=1)
+    lists = {"visual": scores(2, 30), "textual": scores(2, 30, seed=1), "keep": 7}
+    packed = packed_case((10, 0, 17, 3), layout="gapped", dtype=torch.bfloat16, causal=True)
+    return {
+        "attention_saliency.varlen": {
+            "plain": packed_case((10, 20)),
+            "strided": {**packed, "scale": 0.1, "reduce": "max"},
+            "empty": packed_case(()),
+            "padded": packed_case(
+                (10, 20), lse=torch.rand(4, 30) + 3, query_weight=torch.rand(30),
+            ),
+        },
+        "similarity_saliency": {
+            "plain": similarity_case(2, 3, 30, 16),
+            "strided": similarity_case(
+                2, 3, 30, 16, layout="transposed", dtype=torch.bfloat16, reduce="mean"
+            ),
+            "empty": similarity_case(0, 3, 30, 16),
+            "padded": similarity_case(
+                2, 3, 30, 16, text_valid=random_mask((2, 3), 2), visual_valid=valid
+            ),
+        },
+        "adaptive_split_select": {
+            "plain": lists,
+            "strided": {**lists, "visual": scores(30, 2).t(), "reserve": 0.1},
+            "empty": {"visual": scores(0, 30), "textual": scores(0, 30), "keep": 7},
+            "padded": {**lists, "valid": valid},
+        },
+        "greedy_diverse_select": {
+            "plain": diverse_case(2, 30, 7),
+            "strided": diverse_case(
+                2, 30, 7, layout="transposed", dtype=torch.float16, objective="dpp"
+            ),
+            "empty": diverse_case(0, 30, 7),
+            "padded": diverse_case(
+                2, 30, 7, valid=valid, relevance=torch.rand(2, 30), objective="dpp"
+            ),
+        },
+    }  # fmt: skip
+
+
+MORE = more_samples()
 
 
 def samples(op: str) -> dict[str, Args]:
@@ -60,6 +109,8 @@ def samples(op: str) -> dict[str, Args]:
             "empty": merge_case(0, 30, 7),
             "padded": {**padded, "valid": torch.ones(2, 30, dtype=torch.bool)},
         }
+    if op in MORE:
+        return MORE[op]
     return {
         "plain": select_merge_case(2, 30, 7),
         "strided": select_merge_case(
@@ -74,14 +125,14 @@ def samples(op: str) -> dict[str, Args]:
     }  # fmt: skip
 
 
-NAMES = ("attention_saliency", "consensus_select", "token_merge", "select_merge")
+NAMES = ("attention_saliency", "consensus_select", "token_merge", "select_merge", *MORE)
 SAMPLES = [pytest.param(op, kind, id=f"{op}-{kind}") for op in NAMES for kind in samples(op)]
 DIFFERENTIABLE = ("token_merge", "select_merge")
 
 
 def in_schema_order(op: str, args: Args) -> tuple[tuple, Args]:
     """Positional and keyword arguments, as `opcheck` wants them."""
-    declared = getattr(ops, op).default._schema.arguments
+    declared = overload(op)._schema.arguments
     first = [a.name for a in declared if not a.kwarg_only and a.name in args]
     return tuple(args[n] for n in first), {n: v for n, v in args.items() if n not in first}
 
@@ -100,15 +151,15 @@ def with_gradients(op: str, args: Args) -> Args:
 def test_opcheck(backend, op, kind):
     args = with_gradients(op, backend.place_all(samples(op)[kind]))
     positional, named = in_schema_order(op, args)
-    torch.library.opcheck(getattr(ops, op).default, positional, named)
+    torch.library.opcheck(overload(op), positional, named)
 
 
 @pytest.mark.parametrize(("op", "kind"), SAMPLES)
 def test_fake_outputs_are_like_the_real_ones(backend, op, kind):
     args = backend.place_all(samples(op)[kind])
-    real = getattr(ops, op)(**args)
+    real = overload(op)(**args)
     with FakeTensorMode() as mode:
-        fake = getattr(ops, op)(
+        fake = overload(op)(
             **{n: mode.from_tensor(v) if isinstance(v, Tensor) else v for n, v in args.items()}
         )
     one = isinstance(real, Tensor)
@@ -129,7 +180,7 @@ def test_no_output_aliases_an_input(backend, op):
     if op == "select_merge":
         args["keep"] = 30
     before = {n: v.clone() for n, v in args.items() if isinstance(v, Tensor)}
-    outs = getattr(ops, op)(**args)
+    outs = overload(op)(**args)
     for out in [outs] if isinstance(outs, Tensor) else outs:
         out.fill_(7)
     for name, value in before.items():
@@ -138,7 +189,7 @@ def test_no_output_aliases_an_input(backend, op):
 
 @pytest.mark.parametrize("op", NAMES)
 def test_tags(op):
-    tags = getattr(ops, op).default.tags
+    tags = overload(op).tags
     assert torch.Tag.pt2_compliant_tag in tags
     assert torch.Tag.needs_fixed_stride_order in tags
 
@@ -162,6 +213,12 @@ ONE_OP = {
     "consensus_select": lambda x, q, k: ops.consensus_select(x[..., 0], None, 9)[0],
     "token_merge": lambda x, q, k: ops.token_merge(x, x, torch.arange(9).repeat(2, 1))[0],
     "select_merge": lambda x, q, k: ops.select_merge(x, q, k, q, k, keep=9, contextual=3)[0],
+    "attention_saliency.varlen": lambda x, q, k: ops.attention_saliency.varlen(
+        k[0].transpose(0, 1), k[0].transpose(0, 1), torch.tensor([0, k.shape[2]]), 200
+    ),
+    "similarity_saliency": lambda x, q, k: ops.similarity_saliency(x[:, :5], x),
+    "adaptive_split_select": lambda x, q, k: ops.adaptive_split_select(x[..., 0], x[..., 1], 9)[0],
+    "greedy_diverse_select": lambda x, q, k: ops.greedy_diverse_select(x, 9, objective="dpp"),
 }
 
 
@@ -222,8 +279,8 @@ def test_compiled_gradients(backend):
 @pytest.mark.parametrize("op", NAMES)
 def test_inference_mode_and_no_grad(backend, op):
     args = backend.place_all(samples(op)["plain"])
-    outs = getattr(ops, op)(**args)
+    outs = overload(op)(**args)
     with torch.inference_mode():
-        assert_same(getattr(ops, op)(**args), outs)
+        assert_same(overload(op)(**args), outs)
     with torch.no_grad():
-        assert_same(getattr(ops, op)(**with_gradients(op, args)), outs)
+        assert_same(overload(op)(**with_gradients(op, args)), outs)
