@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import _checks
 
 LOG2E = math.log2(math.e)
-#: Splits of the keys that the second launch can put together again.
+#: Splits of the keys beyond which putting them together again costs more than it gains.
 MAX_SPLITS = 32
 #: Programs that one multiprocessor should be given before the work is split no further.
 PROGRAMS_PER_CORE = 2
@@ -113,7 +113,9 @@ def _attention_saliency_rows_kernel(
         s = _products(q, None, q_ptrs, there, k_ptrs, inside, D, BLOCK_D) * scale2  # [R, BLOCK_N]
         seen = inside
         if valid_ptr is not None:
-            seen &= tl.load(valid_ptr + b * stride_vb + n * stride_vn, mask=inside, other=False)
+            seen &= tl.load(
+                valid_ptr + b * stride_vb + n.to(tl.int64) * stride_vn, mask=inside, other=False
+            )
         if CAUSAL:
             s = tl.where(seen[None, :] & (n[None, :] <= m[:, None] + keys - rows), s, float("-inf"))
         else:
@@ -134,22 +136,29 @@ def _attention_saliency_rows_kernel(
 
 
 @triton.jit
-def _row_shift(lse_ptr, sum_ptr, line, there, splits, SPLITS: tl.constexpr):
-    """Base-2 log-sum-exp of each row [R]: given in natural logarithms (`SPLITS = 0`), left by the
-    first launch (1), or in as many pieces."""
-    if SPLITS == 0:
+def _row_shift(lse_ptr, sum_ptr, line, there, splits, LSE: tl.constexpr, R: tl.constexpr):
+    """Base-2 log-sum-exp of each row [R]: given in natural logarithms, left by the first launch,
+    or to be put together from the pieces it left."""
+    if LSE == "given":
         shift = tl.load(lse_ptr + line, mask=there, other=float("inf")) * 1.4426950408889634
-    elif SPLITS == 1:
+    elif LSE == "whole":
         shift = tl.load(lse_ptr + line, mask=there, other=float("inf"))
-    else:
-        piece = tl.arange(0, SPLITS)
-        at = line[:, None] + piece[None, :]  # [R, SPLITS]
-        mask = there[:, None] & (piece < splits)[None, :]
-        tops = tl.load(lse_ptr + at, mask=mask, other=float("-inf"))
-        sums = tl.load(sum_ptr + at, mask=mask, other=0.0)
-        top = _finite_or_zero(tl.max(tops, 1))
-        factor = tl.exp2(_finite_or_zero(tops) - top[:, None])
-        shift = top + tl.log2(tl.sum(tl.where(sums == 0.0, 0.0, sums * factor), 1))
+    else:  # a few pieces at a time: all of them would take the registers that the products need
+        top = tl.full([R], float("-inf"), tl.float32)
+        total = tl.zeros([R], tl.float32)
+        for first in range(0, splits, 8):
+            piece = first + tl.arange(0, 8)
+            at = line[:, None] + piece[None, :]  # [R, 8]
+            mask = there[:, None] & (piece < splits)[None, :]
+            tops = tl.load(lse_ptr + at, mask=mask, other=float("-inf"))
+            sums = tl.load(sum_ptr + at, mask=mask, other=0.0)
+            new_top = tl.maximum(top, tl.max(tops, 1))
+            shift = _finite_or_zero(new_top)
+            factor = tl.exp2(_finite_or_zero(tops) - shift[:, None])
+            total = tl.where(total == 0.0, 0.0, total * tl.exp2(_finite_or_zero(top) - shift))
+            total += tl.sum(tl.where(sums == 0.0, 0.0, sums * factor), 1)
+            top = new_top
+        shift = _finite_or_zero(top) + tl.log2(total)
     return shift
 
 
@@ -160,7 +169,7 @@ def _weight_sum(weight_ptr, rows, stride_wm, BLOCK_M: tl.constexpr):
     m = tl.arange(0, BLOCK_M)
     total = tl.zeros([BLOCK_M], tl.float64)
     for m0 in range(0, rows, BLOCK_M):
-        w = tl.load(weight_ptr + (m0 + m) * stride_wm, mask=m0 + m < rows, other=0.0)
+        w = tl.load(weight_ptr + (m0 + m).to(tl.int64) * stride_wm, mask=m0 + m < rows, other=0.0)
         total += w.to(tl.float64)
     whole = tl.sum(total, 0)
     return tl.where(whole > 0.0, whole, 1.0)
@@ -179,7 +188,7 @@ def _attention_saliency_columns_kernel(
     stride_wb, stride_wm, stride_lb, stride_lh, stride_lm,
     key_heads, group, chunks, chunks_per_part, parts, rows, keys, prefix, tokens, token_blocks,
     splits, scale2, out_scale,
-    MAX: tl.constexpr, CAUSAL: tl.constexpr, SPLITS: tl.constexpr, INLINE: tl.constexpr,
+    MAX: tl.constexpr, CAUSAL: tl.constexpr, LSE: tl.constexpr, INLINE: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -220,9 +229,9 @@ def _attention_saliency_columns_kernel(
             )  # [R]
             q_ptrs = q_ptr + head.to(tl.int64) * stride_qh + m.to(tl.int64) * stride_qm
             line = b * stride_lb + head.to(tl.int64) * stride_lh + m.to(tl.int64) * stride_lm
-            shift = _row_shift(lse_ptr, sum_ptr, line, there, splits, SPLITS)
+            shift = _row_shift(lse_ptr, sum_ptr, line, there, splits, LSE, HEADS * BLOCK_M)
             if weight_ptr is not None:
-                w = tl.load(weight_ptr + m * stride_wm, mask=there, other=0.0)
+                w = tl.load(weight_ptr + m.to(tl.int64) * stride_wm, mask=there, other=0.0)
                 if INLINE:
                     w = (w.to(tl.float64) * per_weight).to(tl.float32)
                 # The weight goes into the exponent, so that nothing but the shift outlives it.
@@ -247,7 +256,9 @@ def _attention_saliency_columns_kernel(
 
     out *= out_scale
     if valid_ptr is not None:
-        seen = tl.load(valid_ptr + b * stride_vb + key * stride_vn, mask=inside, other=False)
+        seen = tl.load(
+            valid_ptr + b * stride_vb + key.to(tl.int64) * stride_vn, mask=inside, other=False
+        )
         out = tl.where(seen, out, 0.0)
     line = (b * key_heads + key_head) * parts + part
     tl.store(out_ptr + line * tokens + n, out, mask=inside)
@@ -277,7 +288,7 @@ def _attention_saliency_shares_kernel(
     per_weight = 1.0 / _weight_sum(weight_ptr, rows, stride_wm, BLOCK_M)
     for m0 in range(0, rows, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
-        w = tl.load(weight_ptr + m * stride_wm, mask=m < rows, other=0.0)
+        w = tl.load(weight_ptr + m.to(tl.int64) * stride_wm, mask=m < rows, other=0.0)
         share = (w.to(tl.float64) * per_weight).to(tl.float32)
         tl.store(out_ptr + b * rows + m, share, mask=m < rows)
 
@@ -291,6 +302,11 @@ class Tiles(NamedTuple):
     block_d: int
     warps: int
     stages: int
+
+    def registers(self) -> dict[str, int]:
+        """A limit that four warps never need: without one, ptxas spills a register or two of
+        these kernels to keep more of them resident than there are programs."""
+        return {"maxnreg": 128} if self.warps == 4 and torch.version.hip is None else {}
 
 
 def tiles(rows: int, group: int, width: int, dtype: torch.dtype) -> Tiles:
@@ -317,9 +333,10 @@ def tiles(rows: int, group: int, width: int, dtype: torch.dtype) -> Tiles:
 
 @functools.cache
 def _wanted_programs(device: torch.device) -> int:
-    if device.type != "cuda":  # the interpreter: enough to split what is small
-        return 8 * PROGRAMS_PER_CORE
-    cores = torch.cuda.get_device_properties(device).multi_processor_count
+    # Interpreted, few, but enough to split the work; meta tensors stand for a large GPU.
+    cores = 8 if device.type == "cpu" else 132
+    if device.type == "cuda":
+        cores = torch.cuda.get_device_properties(device).multi_processor_count
     return cores * PROGRAMS_PER_CORE
 
 
@@ -334,7 +351,7 @@ class _Rows(NamedTuple):
     strides: tuple[int, ...]
     sums: Tensor | None
     splits: int
-    kind: int
+    kind: str
 
 
 def _row_statistics(
@@ -355,9 +372,9 @@ def _row_statistics(
         q, k, key_valid, tops, sums, *q.stride()[:3], *k.stride()[:3], *_strides(key_valid, 2),
         key_heads, group, chunks, rows, row_tiles, keys, splits, per_split, scale2,
         CAUSAL=causal, D=width, BLOCK_D=t.block_d, HEADS=t.heads, BLOCK_M=t.block_m,
-        BLOCK_N=t.block_n, num_warps=t.warps, num_stages=t.stages,
+        BLOCK_N=t.block_n, num_warps=t.warps, num_stages=t.stages, **t.registers(),
     )  # fmt: skip
-    return _Rows(tops, tops.stride()[:3], sums, splits, 1 if splits == 1 else MAX_SPLITS)
+    return _Rows(tops, tops.stride()[:3], sums, splits, "whole" if splits == 1 else "split")
 
 
 def _shares(weight: Tensor) -> Tensor:
@@ -397,7 +414,7 @@ def attention_saliency(
     if lse is None:
         stats = _row_statistics(q, k, key_valid, causal, scale2, t)
     else:
-        stats = _Rows(lse, lse.stride(), None, 0, 0)
+        stats = _Rows(lse, lse.stride(), None, 0, "given")
 
     out_scale = 1.0 / heads
     inline = False
@@ -420,9 +437,10 @@ def attention_saliency(
         *q.stride()[:3], *k.stride()[:3], *_strides(key_valid, 2), *_strides(query_weight, 2),
         *stats.strides, key_heads, group, chunks, per_part, parts, rows, keys, prefix, tokens,
         token_blocks, stats.splits, scale2, out_scale,
-        MAX=reduce == "max", CAUSAL=causal, SPLITS=stats.kind, INLINE=inline, D=width,
+        MAX=reduce == "max", CAUSAL=causal, LSE=stats.kind, INLINE=inline, D=width,
         BLOCK_D=t.block_d, HEADS=t.heads, BLOCK_M=t.block_m, BLOCK_N=t.block_n,
         num_warps=t.warps, num_stages=1 if rows <= t.block_m else t.stages,
+        **t.registers(),
     )  # fmt: skip
     if pieces > 1:
         grid = (triton.cdiv(tokens, 256), batch)

@@ -78,6 +78,8 @@ def compile_launch(kernel: Any, args: tuple, options: dict, target: str) -> Any:
     backend = make_backend(gpu)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     options = {"debug": False, **options}
+    if target.startswith("gfx"):  # launchers leave it out on ROCm
+        options.pop("maxnreg", None)
     bound, specialization, options = binder(*args, **options)
     options, signature, constexprs, attrs = kernel._pack_args(
         backend, options, bound, specialization, options

@@ -18,16 +18,17 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _saliency(
     heads: int, groups: int, rows: int, keys: int, width: int, dtype: torch.dtype = BF16,
-    **options: Any,
+    batch: int = 2, **options: Any,
 ) -> Callable[[], object]:  # fmt: skip
     def call() -> object:
         from consensusdrop_kernels.triton.attention_saliency import attention_saliency
 
-        q, k = meta(2, heads, rows, width, dtype=dtype), meta(2, groups, keys, width, dtype=dtype)
+        q = meta(batch, heads, rows, width, dtype=dtype)
+        k = meta(batch, groups, keys, width, dtype=dtype)
         made = {
-            "lse": lambda: meta(2, heads, rows),
-            "key_valid": lambda: meta(2, keys, dtype=torch.bool),
-            "query_weight": lambda: meta(2, rows),
+            "lse": lambda: meta(batch, heads, rows),
+            "key_valid": lambda: meta(batch, keys, dtype=torch.bool),
+            "query_weight": lambda: meta(batch, rows),
         }
         given = {name: made[name]() if name in made else value for name, value in options.items()}
         return attention_saliency(q, k, **given)
@@ -50,6 +51,9 @@ SALIENCY = {
     "square, d 128, causal": _saliency(28, 4, 4096, 4096, 128, causal=True, query_weight=True),
     "square, d 128, lse": _saliency(28, 4, 4096, 4096, 128, F16, causal=True, lse=True),
     "square, d 128, max": _saliency(28, 4, 4096, 4096, 128, lse=True, reduce="max"),
+    "square, one head, causal": _saliency(
+        1, 1, 600, 600, 128, batch=1, causal=True, query_weight=True
+    ),
     "square, d 256": _saliency(8, 4, 1024, 1024, 256),
     "square, float32": _saliency(16, 16, 576, 576, 64, F32),
     "square, float32, d 256": _saliency(8, 4, 576, 576, 256, F32, causal=True, reduce="max"),

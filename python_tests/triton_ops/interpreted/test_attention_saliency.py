@@ -177,7 +177,8 @@ MISTAKES: dict[str, tuple[str, str, Args]] = {
     ),
     "a split is forgotten": ("(piece < splits)", "(piece < splits - 1)", SPLIT),
     "old sums are not rescaled": (
-        "total * tl.exp2(_finite_or_zero(top) - shift)", "total", SHARP
+        "total * tl.exp2(_finite_or_zero(top) - shift))\n        total += tl.sum(tl.exp2(s",
+        "total)\n        total += tl.sum(tl.exp2(s", SHARP,
     ),
     "splits are added as they are": ("sums * factor", "sums", SHARP),
     "a row does not see itself": ("(key[None, :] <= m", "(key[None, :] < m", CAUSAL),
