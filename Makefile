@@ -8,6 +8,8 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 PIP := PATH="$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check install -q
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# One stamp for each torch that is asked for, so that another one is installed when TORCH changes.
+TOOLS := $(VENV)/.tools-$(subst /,_,$(subst =,-,$(firstword $(TORCH))))
 LATEST := $(abspath $(VENV))/transformers-latest
 PYTEST := $(BIN)/python -m pytest -q
 
@@ -15,14 +17,15 @@ PYTEST := $(BIN)/python -m pytest -q
 
 setup: $(VENV)/.built
 
-$(VENV)/.tools: constraints.txt
+$(TOOLS): constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)"
+	rm -f $(VENV)/.tools-*
+	$(PIP) $(TORCH)
 	$(PIP) -c constraints.txt cmake ninja pybind11 setuptools wheel
 	touch $@
 
 # Editable, so only the C++ is ever built again.
-$(VENV)/.built: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+$(VENV)/.built: $(TOOLS) pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 

@@ -41,9 +41,13 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "CDROP_BUILD_CUDA": os.environ.get("CDROP_BUILD_CUDA", "auto"),
         }
-        if os.environ.get("CDROP_CUDA_ARCHITECTURES"):
-            defines["CDROP_CUDA_ARCHITECTURES"] = os.environ["CDROP_CUDA_ARCHITECTURES"]
         arguments = [f"-D{name}={value}" for name, value in defines.items()]
+        architectures = os.environ.get("CDROP_CUDA_ARCHITECTURES")
+        arguments.append(  # or back to the list in CMakeLists.txt
+            f"-DCDROP_CUDA_ARCHITECTURES={architectures}"
+            if architectures
+            else "-UCDROP_CUDA_ARCHITECTURES"
+        )
         subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *arguments], check=True)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run(["cmake", "--build", build, *jobs], check=True)

@@ -52,10 +52,11 @@ def checked(shape: Shape, dtype: torch.dtype, layout: str) -> list[Inputs]:
     ours = select_merge(first, shape.keep)
     with cdrop.use_backend("reference"):
         right = select_merge(first, shape.keep)
-    same = (ours[1] == right[1]).float().mean()
-    assert same > 0.99, f"only {same:.3f} of the indices agree with the definition"
-    if torch.equal(ours[1], right[1]):
-        torch.testing.assert_close(ours[0], right[0])
+    for name, a, b in zip(("index", "assign"), ours[1:3], right[1:3], strict=True):
+        same = (a == b).float().mean()  # two scores closer than rounding may change places
+        assert same > 0.99, f"only {same:.3f} of {name} agrees with the definition"
+    rows = (ours[1] == right[1]) & (ours[3] == right[3])
+    torch.testing.assert_close(ours[0][rows], right[0][rows])
     return sets
 
 

@@ -344,7 +344,7 @@ def merge_metric(x: Tensor, metric: Tensor) -> None:
 
 def merge_options(contextual: int, threshold: float, blend: float) -> None:
     """Checks of the numbers that `token_merge` and `select_merge` share."""
-    _check(contextual >= 0, "contextual", "be >= 0", lambda: contextual)
+    _check(0 <= contextual < 2**31, "contextual", f"be in 0..{2**31 - 1}", lambda: contextual)
     _check(not math.isnan(threshold), "threshold", "be a number", lambda: "nan")
     _check_unit(blend, "blend")
 

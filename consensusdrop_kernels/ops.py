@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _checks, reference
 from . import triton as triton_ops
@@ -66,10 +67,21 @@ SCHEMAS = {
     ),
 }
 
+# The scores choose tokens, they are no part of the result.
+NOT_DIFFERENTIABLE = (
+    "attention_saliency",
+    "attention_saliency.varlen",
+    "similarity_saliency",
+    "consensus_select",
+    "adaptive_split_select",
+    "greedy_diverse_select",
+)
+
 
 def _definition(op: str) -> Callable[..., Any]:
     """The plain-torch function of an op; of an overload, `<op>_<overload>`."""
-    return getattr(reference, op.replace(".", "_"))
+    function = getattr(reference, op.replace(".", "_"))
+    return torch.no_grad()(function) if op in NOT_DIFFERENTIABLE else function
 
 
 _library = torch.library.Library("cdrop", "DEF")
@@ -206,16 +218,8 @@ for _op, _fake in _FAKES.items():
 
 # --- gradients ----------------------------------------------------------------------------------
 
-# Not differentiable: the scores choose tokens, they are no part of the result. A fallthrough
-# leaves their outputs without a gradient and adds nothing to a call.
-for _op in (
-    "attention_saliency",
-    "attention_saliency.varlen",
-    "similarity_saliency",
-    "consensus_select",
-    "adaptive_split_select",
-    "greedy_diverse_select",
-):
+# A fallthrough leaves their outputs without a gradient and adds nothing to a call.
+for _op in NOT_DIFFERENTIABLE:
     _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -280,7 +284,16 @@ def _below_autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet) 
     return call
 
 
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Without a rule for forward-mode derivatives they would be 0, silently."""
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError("forward-mode derivatives of a merge; use reverse mode")
+
+
 def _autograd_token_merge(keyset, x, metric, index, *, weight=None, **options):  # type: ignore[no-untyped-def]
+    _refuse_tangents(x, weight)
     below = _below_autograd(torch.ops.cdrop.token_merge.default, keyset)
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad)
@@ -290,6 +303,7 @@ def _autograd_token_merge(keyset, x, metric, index, *, weight=None, **options): 
 
 
 def _autograd_select_merge(keyset, x, *others, **options):  # type: ignore[no-untyped-def]
+    _refuse_tangents(x)
     below = _below_autograd(torch.ops.cdrop.select_merge.default, keyset)
     if torch.is_grad_enabled() and x.requires_grad:
         return _SelectMerge.apply(below, x, others, options)
@@ -390,20 +404,39 @@ def use_backend(name: str) -> Iterator[None]:
 
     The choice holds for the process, not for one thread: it changes what the dispatcher holds.
     """
-    library = _override(name)
+    _require(name)
+    outer = _forced.name
+    _forced.put(name)
     try:
         yield
     finally:
-        if library is not None:
-            library._destroy()
+        _forced.put(outer)
 
 
-def _override(name: str) -> torch.library.Library | None:
+class _Forced:
+    """The one override in force, if any: two at once would hide the compiled kernels from each
+    other."""
+
+    name: str | None = None
+    _library: torch.library.Library | None = None
+
+    def put(self, name: str | None) -> None:
+        if self._library is not None:
+            self._library._destroy()
+        self.name, self._library = name, None if name is None else _override(name)
+
+
+def _require(name: str) -> Backend:
     if name not in NAMES:
         raise RuntimeError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
     backend = backends()[name]
     if not backend:
         raise RuntimeError(f"backend {name!r} can't be used here: {backend.reason}")
+    return backend
+
+
+def _override(name: str) -> torch.library.Library:
+    backend = _require(name)
     library = torch.library.Library("cdrop", "IMPL")
     with warnings.catch_warnings():  # torch warns of the override, which is the point
         warnings.simplefilter("ignore", UserWarning)
@@ -420,5 +453,6 @@ def _override(name: str) -> torch.library.Library | None:
     return library
 
 
-# Kept alive for the life of the process: its functions leave the dispatcher with it.
-_requested = _override(os.environ["CDROP_BACKEND"]) if os.environ.get("CDROP_BACKEND") else None
+_forced = _Forced()
+if os.environ.get("CDROP_BACKEND"):
+    _forced.put(os.environ["CDROP_BACKEND"])

@@ -414,14 +414,20 @@ def _weighted_mean(
         total = torch.segment_reduce(flat, "sum", lengths=lengths.flatten(), unsafe=True)
         return total.view(batch, slots + 1, value.shape[2])[:, :slots]
 
-    joined_weight = per_slot(weight[:, :, None])
-    add = blend * per_slot(weight[:, :, None] * x.float())
-    own_weight = weight.gather(1, there).masked_fill(own < 0, 0.0)[:, :, None]
+    # Weights against the largest of their slot, so that no sum of them overflows or vanishes.
+    takes_part = torch.where(is_own | joined, assign, slots).clamp_min(0)
+    largest = torch.zeros(batch, slots + 1, device=x.device)
+    largest = largest.scatter_reduce(1, takes_part, weight, "amax")
+    relative = torch.where(weight > 0, weight / largest.gather(1, takes_part), 0.0)[:, :, None]
+    add = blend * per_slot(relative * x.float())
     x_own = x.gather(1, there[:, :, None].expand(-1, -1, width))
-    own_part = torch.where(own_weight > 0, own_weight * x_own.float(), 0.0)
-    mean = (own_part + add) / (own_weight + blend * joined_weight)
-    out = torch.where(blend * joined_weight == 0, x_own, mean.to(x.dtype))
-    size = (own_weight + joined_weight)[:, :, 0]
+    of_own = relative.gather(1, there[:, :, None])
+    own_part = torch.where(of_own > 0, of_own * x_own.float(), 0.0)
+    mean = (own_part + add) / (of_own + blend * per_slot(relative))
+    alone = (lengths[:, :slots] == 0)[:, :, None] | (blend == 0)
+    out = torch.where(alone, x_own, mean.to(x.dtype))
+    own_weight = weight.gather(1, there).masked_fill(own < 0, 0.0)
+    size = own_weight + per_slot(weight[:, :, None])[:, :, 0]
     return out.masked_fill((own < 0)[:, :, None], 0.0), size
 
 

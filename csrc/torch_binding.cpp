@@ -2,6 +2,7 @@
 // pointers and strides (binding.h), and registers the CPU kernels. Stable ABI only. The other ops
 // are in binding_*.cpp, the schemas in consensusdrop_kernels/ops.py.
 #include <cmath>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -126,7 +127,9 @@ void check_metric(const Tensor& x, const Tensor& metric) {
 }
 
 void check_merge_options(int64_t contextual, double threshold, double blend) {
-  CDROP_CHECK(contextual >= 0, "contextual", "be >= 0", std::to_string(contextual));
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  CDROP_CHECK(contextual >= 0 && contextual <= kMost, "contextual", text("be in 0..", kMost),
+              std::to_string(contextual));
   CDROP_CHECK(!std::isnan(threshold), "threshold", "be a number", "nan");
   check_unit(blend, "blend");
 }

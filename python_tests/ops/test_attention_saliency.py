@@ -52,6 +52,15 @@ def test_layouts(backend, layout, dtype, rows):
     check(backend, saliency_case(2, 4, 2, rows, 67, 72, dtype=dtype, layout=layout, prefix=1))
 
 
+@pytest.mark.parametrize("rows", range(1, 10))
+@pytest.mark.parametrize("heads_groups", [(16, 16), (32, 16), (18, 18)])
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_many_heads_of_few_rows_far_apart(backend, rows, heads_groups, reduce):
+    """Projections as models lay them out: a key's heads side by side, its rows kilobytes apart."""
+    case = saliency_case(1, *heads_groups, rows, 577, 64, layout="transposed", reduce=reduce)
+    check(backend, case)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_do_not_change_the_result(backend, layout):
     """The same values in other memory: at most the order of the sums may differ."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -60,33 +61,74 @@ def test_the_choice_ends_with_the_context():
     assert_same(torch.ops.cdrop.attention_saliency(**args), before)
 
 
-def test_the_backends_are_different_code():
-    """Were `use_backend` to do nothing, every comparison of this suite would be with itself."""
+MATMULS = """
+import torch, consensusdrop_kernels as c
+x, k = torch.randn(1, 33, 4), torch.randn(1, 33, 4)
+def matmuls():
+    with torch.profiler.profile() as run:
+        torch.ops.cdrop.token_merge(x, k, torch.arange(9)[None])
+    return sum(e.count for e in run.key_averages() if "matmul" in e.key or "bmm" in e.key)
+"""
+
+
+def said(code: str, **environment: str) -> tuple[list[int], str]:
+    """The numbers that the code printed, and what it complained of."""
+    run = subprocess.run(
+        [sys.executable, "-c", MATMULS + code],
+        env={**os.environ, **environment},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    return [int(line) for line in run.stdout.split()], run.stderr
+
+
+@pytest.fixture
+def compiled():
     if not cdrop.backends()["cpu"].available:
         pytest.skip(cdrop.backends()["cpu"].reason)
 
-    def inner_ops(name: str) -> int:
+
+@pytest.mark.usefixtures("compiled")
+def test_the_backends_are_different_code():
+    """Were `use_backend` to do nothing, every comparison of this suite would be with itself."""
+
+    def inner_ops(*names: str) -> int:
         args = select_merge_case(1, 33, 9)
-        with cdrop.use_backend(name), torch.profiler.profile() as run:
-            torch.ops.cdrop.select_merge(**args)
+        with contextlib.ExitStack() as entered:
+            for name in names:
+                entered.enter_context(cdrop.use_backend(name))
+            with torch.profiler.profile() as run:
+                torch.ops.cdrop.select_merge(**args)
         return sum(event.count for event in run.key_averages() if "matmul" in event.key)
 
     assert inner_ops("reference") > 0
     assert inner_ops("cpu") == 0
+    assert inner_ops("reference", "cpu") == 0, "the inner choice counts"
+    assert inner_ops("cpu", "reference") > 0
+    assert inner_ops("reference", "cpu", "reference") > 0
 
 
-@pytest.mark.parametrize(("value", "outcome"), [("reference", "ok"), ("nonsense", "backend must")])
-def test_the_environment_chooses_too(value, outcome):
-    code = (
-        "import torch, consensusdrop_kernels as c;"
-        "torch.ops.cdrop.consensus_select(torch.rand(1, 9), None, 3); print('ok')"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "CDROP_BACKEND": value},
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert outcome in run.stdout + run.stderr
+@pytest.mark.usefixtures("compiled")
+def test_an_outer_choice_comes_back():
+    code = "with c.use_backend('reference'):\n with c.use_backend('cpu'): pass\n print(matmuls())"
+    (count,), _ = said(code)
+    assert count > 0
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_environment_chooses_too():
+    code = "print(matmuls())\nwith c.use_backend('cpu'): print(matmuls())\nprint(matmuls())"
+    (by_default, forced, again), _ = said(code, CDROP_BACKEND="reference")
+    assert by_default > 0
+    assert forced == 0
+    assert again == by_default
+    assert said("print(matmuls())", CDROP_BACKEND="cpu")[0] == [0]
+
+
+@pytest.mark.parametrize("value", ["nonsense", "cuda"])
+def test_the_environment_is_refused_with_a_reason(value):
+    if value in cdrop.backends() and cdrop.backends()[value].available:
+        pytest.skip(f"{value} is here")
+    assert "RuntimeError: backend" in said("", CDROP_BACKEND=value)[1]
 
 
 def test_gradients_under_a_chosen_backend(backend):

@@ -193,3 +193,20 @@ def test_gradients_are_the_same_in_every_run(backend):
         for a, b in zip(grads, first or grads, strict=True):
             assert_bitwise(a, b)
         first = grads
+
+
+def test_forward_mode_is_refused(backend):
+    """A tangent of 0 would be wrong in silence."""
+    args = backend.place_all(merge_case(1, 20, 5))
+    x, metric, index = args["x"], args["metric"], args["index"]
+
+    def merged(a):
+        return torch.ops.cdrop.token_merge(a, metric, index)[0]
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(merged, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            merged(dual)
+    merged(x)

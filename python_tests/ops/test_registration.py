@@ -8,6 +8,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
+import consensusdrop_kernels as cdrop
+
 from .cases import (
     Args,
     diverse_case,
@@ -185,6 +187,22 @@ def test_no_output_aliases_an_input(backend, op):
         out.fill_(7)
     for name, value in before.items():
         assert torch.equal(args[name], value), name
+
+
+@pytest.mark.parametrize("op", [op for op in NAMES if op not in DIFFERENTIABLE])
+def test_scores_and_choices_carry_no_gradient(backend, op):
+    args = {
+        n: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for n, v in backend.place_all(samples(op)["plain"]).items()
+    }
+    outs = overload(op)(**args)
+    assert not any(t.requires_grad for t in ([outs] if isinstance(outs, Tensor) else outs))
+
+
+def test_the_backends_list_every_op():
+    found = cdrop.backends()
+    assert set(found["reference"].ops) == set(NAMES)
+    assert not found["cpu"].available or set(found["cpu"].ops) == set(NAMES)
 
 
 @pytest.mark.parametrize("op", NAMES)

@@ -289,3 +289,14 @@ def test_a_real_size(backend):
 def test_the_function_is_the_op(backend):
     args = backend.place_all(merge_case(1, 33, 9, contextual=2))
     assert_same(cdrop.token_merge(**args), op(**args))
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 3e38])
+@pytest.mark.parametrize("blend", [0.5, 1.0])
+def test_weights_count_against_each_other_only(backend, size, blend):
+    """The mean does not change with the unit of the weights, however far that is from 1."""
+    args = backend.place_all(merge_case(2, 40, 5, blend=blend))
+    ones = torch.ones(args["x"].shape[:2], device=args["x"].device)
+    want = op(**args | {"weight": ones})
+    got = op(**args | {"weight": ones * size})
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)

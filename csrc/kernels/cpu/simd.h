@@ -101,9 +101,10 @@ inline int64_t row_units(int64_t width, int64_t per) { return padded((width + pe
 
 inline int64_t logits_stride(int64_t keys) { return padded(keys, kScratchPad) + kScratchPad; }
 
-// Rows of logits that a key head of a task has room for.
+// Rows of logits that a key head of a task has room for: a single row is taken by itself, more are
+// taken as a whole block however many of it are used.
 inline int64_t task_rows(int64_t rows, int64_t key_heads) {
-  return key_heads == 1 || rows / key_heads > 2 ? kMaxRowBlock : rows / key_heads;
+  return key_heads > 1 && rows == key_heads ? 1 : kMaxRowBlock;
 }
 
 inline int64_t attention_scratch(int64_t keys, int64_t width, int64_t rows, int64_t key_heads) {

@@ -595,11 +595,16 @@ void merge_slot(const MergeTask& task) {
   // 0 * NaN.
   const int64_t lead = task.own_weight > 0.0f ? 1 : 0;
   const int64_t count = lead + task.count;
-  const auto weight = [&](int64_t n) {
+  const auto given = [&](int64_t n) {
     if (n < lead) return task.own_weight;
-    return task.blend * (task.weight ? task.weight[task.joined[n - lead] * task.weight_stride] : 1);
+    return task.weight ? task.weight[task.joined[n - lead] * task.weight_stride] : 1.0f;
   };
-  float total = 0.0f;
+  // Against the largest, so that no sum of weights overflows or vanishes.
+  float largest = 0.0f, total = 0.0f;
+  for (int64_t n = 0; n < count; ++n) largest = given(n) > largest ? given(n) : largest;
+  const auto weight = [&](int64_t n) {
+    return given(n) / largest * (n < lead ? 1.0f : task.blend);
+  };
   for (int64_t n = 0; n < count; ++n) total += weight(n);
   const T* row[2 * kMergeSweep];
   float factor[2 * kMergeSweep] = {};
