@@ -186,11 +186,8 @@ def _fake_token_merge(
 
 
 def _fake_select_merge(x, q_vis, k_vis, q_txt=None, k_txt=None, **options):  # type: ignore[no-untyped-def]
-    defaults = {"contextual": 0, "alpha": 0.5, "fusion": "rank", "prefix": 0, "txt_reduce": "mean",
-                "priority_keep": 0, "threshold": -1.0, "blend": 1.0}  # fmt: skip
-    absent = ("scale_vis", "scale_txt", "lse_vis", "lse_txt", "txt_weight", "metric", "valid",
-              "priority")  # fmt: skip
-    options = defaults | dict.fromkeys(absent) | options
+    schema = torch.ops.cdrop.select_merge.default._schema
+    options = {a.name: a.default_value for a in schema.arguments if a.kwarg_only} | options
     _checks.fused(x, q_vis, k_vis, q_txt, k_txt, **options)
     batch, tokens, width = x.shape
     slots = options["keep"] + options["contextual"]
