@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
+from .._checks import has_values
 from .layout import Shortened
 
 _ATTRIBUTE = "_cdrop"
@@ -15,12 +19,12 @@ _ATTRIBUTE = "_cdrop"
 
 @dataclass(frozen=True)
 class State:
-    """Attached to the cache object by the prefill, constant from then on.
+    """Attached to the cache object by the prefill; its rows go where those of the cache go.
 
     Attributes:
         length: `L`, tokens of the prompt before pruning.
         kept: `K`, cache entries after the prefill.
-        mask: `[B, K]` bool, or None if every entry is a token.
+        mask: `[B, K]` bool, or None if every entry is a token, and every one since.
         removed: `[B, 1]` int64 to subtract from the prompt's positions, or None.
         last: `[B, 1]` int64, the position of the last token of the prefill.
     """
@@ -36,6 +40,9 @@ def attach(cache: Any, length: int, short: Shortened) -> None:
     """Remember a pruned prefill on its cache."""
     state = State(length, short.embeds.shape[1], short.mask, short.removed, short.positions[:, -1:])
     setattr(cache, _ATTRIBUTE, state)
+    if not isinstance(cache, _Following):
+        kind: Any = type(cache)
+        cache.__class__ = _following(kind)
 
 
 def state_of(cache: Any) -> State | None:
@@ -47,61 +54,141 @@ def state_of(cache: Any) -> State | None:
     return state
 
 
+class _Following(Cache):
+    """What a pruned cache can do beside its own class: take the state with it when rows move.
+
+    A class and no methods on the instance: those would hold the cache, and so its memory, in a
+    reference cycle, and a deep copy would go on moving the original.
+    """
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        _move_rows(self, lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        _move_rows(self, lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        _move_rows(self, lambda t: t[indices.to(t.device)])
+
+    def reset(self) -> None:
+        super().reset()
+        vars(self).pop(_ATTRIBUTE, None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
+
+@functools.cache
+def _following(kind: Any) -> Any:
+    return type(kind.__name__, (_Following, kind), {"__module__": kind.__module__})
+
+
+def _blank(kind: Any) -> Any:
+    """A pruned cache of some class, still empty: for copies and pickles."""
+    pruned = _following(kind)
+    return pruned.__new__(pruned)
+
+
+def _move_rows(cache: Any, move: Callable[[Tensor], Tensor]) -> None:
+    state: State | None = getattr(cache, _ATTRIBUTE, None)
+    if state is None:
+        return
+    rows = {"mask": state.mask, "removed": state.removed, "last": state.last}
+    moved: dict[str, Any] = {n: None if t is None else move(t) for n, t in rows.items()}
+    setattr(cache, _ATTRIBUTE, replace(state, **moved))
+
+
 def continue_call(kwargs: dict[str, Any], state: State, cache: Any) -> None:
     """Correct mask and positions of a call that continues a pruned cache, in `kwargs`.
 
     The caller, `generate` or a hand-written loop, counts in tokens of the prompt; the cache is
     shorter. In the common case (no padding, one new token, positions given) this is a subtraction
-    and no synchronisation.
+    and no synchronisation. There the mask is not looked at: the one token counts as seen.
 
     Raises:
         NotImplementedError: the tokens do not continue the cache, as when a whole new turn is
-            passed with the old prompt.
+            passed with the old prompt, or positions count the entries of the cache. Of one token
+            on a GPU this is seen only under `CDROP_CHECK=1`.
     """
     ids = kwargs.get("input_ids")
     count = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
     mask = kwargs.get("attention_mask")
     positions = kwargs.get("position_ids")
+    checked = positions is not None and (count > 1 or _may_look(positions))
     plain = state.mask is None and positions is not None and count == 1
-    since = 0 if plain else int(cache.get_seq_length()) - state.kept
+    since = 0 if plain and not checked else int(cache.get_seq_length()) - state.kept
+    # Less than 0 where drafts of assisted decoding were part of the prefill and then cut off.
+    _check_continues(since >= 0 or state.mask is None)
 
-    if count > 1 and mask is not None and mask.dim() == 2:
-        _check_continues(mask.shape[1] == state.length + since + count)
-    if state.mask is None:
-        kwargs["attention_mask"] = None
-    else:
-        kwargs["attention_mask"] = _continued_mask(state, mask, since + count)
+    fresh = _fresh(mask, state, since, count)
+    if count > 1 and state.mask is None and fresh is not None and not bool(fresh.all()):
+        # From here on the cache has an entry that is no token.
+        everything = torch.ones(len(fresh), state.kept, dtype=torch.bool, device=fresh.device)
+        state = replace(state, mask=everything)
+        setattr(cache, _ATTRIBUTE, state)
+    kwargs["attention_mask"] = _continued_mask(state, fresh, since + count)
 
+    slots = state.last + since + torch.arange(1, count + 1, device=state.last.device)
     if positions is None:
-        ahead = torch.arange(1, count + 1, device=state.last.device)
-        kwargs["position_ids"] = state.last + since + ahead
+        kwargs["position_ids"] = slots
         return
     if state.removed is not None:
         positions = positions - state.removed
-    if count > 1:  # one token can be wrong only by its position, which generate never is
-        _check_continues(bool((positions[:, :1] == state.last + since + 1).all()))
+    if checked:
+        _check_continues(_follow(positions, slots, state.last, fresh))
     kwargs["position_ids"] = positions
 
 
-def _continued_mask(state: State, mask: Tensor | None, new: int) -> Tensor:
-    assert state.mask is not None
-    rows = len(state.mask)
+def _may_look(t: Tensor) -> bool:
+    return has_values(t) and not torch.compiler.is_compiling()
+
+
+def _fresh(mask: Any, state: State, since: int, count: int) -> Tensor | None:
+    """The caller's mask of all tokens since the prompt, `[B, since + count]`, if there is one."""
     if mask is None:
-        fresh = state.mask.new_ones(rows, new)
-    else:
-        fresh = mask[:, state.length :].bool()
-        if mask.dim() != 2 or fresh.shape != (rows, new):
-            raise NotImplementedError(
-                f"attention_mask must be [{rows}, {state.length + new}], the prompt before "
-                f"pruning and all tokens since, got {list(mask.shape)}"
-            )
+        return None
+    rows, length = len(state.last), state.length + since + count
+    if isinstance(mask, Tensor) and mask.shape == (rows, length):
+        return mask[:, state.length :].bool() if since >= 0 else None
+    if count == 1 and state.mask is None:
+        return None  # a static cache's whole mask; nothing in it is hidden
+    if count > 1 and mask.dim() == 2:
+        _check_continues(False)
+    raise NotImplementedError(
+        f"attention_mask must be [{rows}, {length}], the prompt before pruning and all tokens "
+        f"since, got {list(mask.shape)}"
+    )
+
+
+def _continued_mask(state: State, fresh: Tensor | None, new: int) -> Tensor | None:
+    if state.mask is None:
+        return None
+    if fresh is None:
+        fresh = state.mask.new_ones(len(state.mask), new)
     return torch.cat([state.mask, fresh], 1)
+
+
+def _follow(positions: Tensor, slots: Tensor, last: Tensor, fresh: Tensor | None) -> bool:
+    """Whether positions go on from the prompt's last, by slots or by tokens that are no padding.
+
+    Where the caller masks a token out, any position will do.
+    """
+    good = positions == slots
+    if fresh is not None:
+        count = positions.shape[1]
+        by_mask = last + fresh.cumsum(1)[:, -count:]
+        good = good | (positions == by_mask) | ~fresh[:, -count:]
+    return bool(good.all())
 
 
 def _check_continues(ok: bool) -> None:
     if not ok:
         raise NotImplementedError(
-            "these tokens do not continue the pruned cache: generate can't reuse one for another "
-            "turn, since it skips as many tokens of the prompt as the cache has entries; start the "
-            "turn without past_key_values"
+            "these tokens do not continue the pruned cache: mask and positions must count the "
+            "prompt before pruning and all tokens since (leave position_ids out to have them "
+            "counted); generate can't reuse such a cache for another turn, since it skips as many "
+            "tokens of the prompt as the cache has entries: start the turn without past_key_values"
         )

@@ -120,6 +120,34 @@ def test_several_tokens_at_positions_that_do_not_continue() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_token_at_a_position_counted_in_the_cache(positions: str, padded: bool) -> None:
+    model = random_llava()
+    inputs = batch(WORDS, prompt(6, 9)) if padded else batch(WORDS)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    step = {"input_ids": torch.full((len(mask), 1), 5), "attention_mask": mask}
+    with patch(model, ConsensusDrop(keep=3, positions=positions)):
+        where = (mask.cumsum(1) - 1).clamp_min(0)
+        inputs |= {"pixel_values": pixels(len(mask)), "position_ids": where[:, :-1]}
+        cache = model(**inputs).past_key_values
+        wrong = torch.full((len(mask), 1), cache.get_seq_length())
+        with pytest.raises(NotImplementedError, match="positions must count the prompt before"):
+            model(**step, position_ids=wrong, past_key_values=cache)
+        model(**step, position_ids=where[:, -1:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_whole_mask_for_several_tokens() -> None:
+    model, more = random_llava(), torch.tensor([[5, 6]])
+    with patch(model, METHOD):
+        cache = model(input_ids=torch.tensor([WORDS]), pixel_values=pixels(1)).past_key_values
+        whole = torch.ones(1, 1, 2, cache.get_seq_length() + 2, dtype=torch.bool)
+        with pytest.raises(NotImplementedError, match="attention_mask must be"):
+            model(input_ids=more, attention_mask=whole, past_key_values=cache)
+
+
+@torch.no_grad()
 def test_another_turn_by_hand_continues() -> None:
     """The new tokens alone, with right positions or none, are a continuation like any other."""
     model = random_llava()
