@@ -1,13 +1,15 @@
 """The hooks on one model: see the prompt, shorten what enters the decoder, correct what follows.
 
-A prefill passes, in this order, `_before_model` (does the caller want all logits?), `_Features`
-(the encoder's signals; in `generate` of transformers >= 5.18 already before), `_before_outer`
-(prompt, mask), `_before_text` (the embeddings: select and shorten), `_after_text` (back to the
-prompt's length, for losses). A decode step passes `_before_outer` alone.
+A prefill passes, in this order, `_before_model` (which tokens does the caller want predicted?),
+`_Features` (the encoder's signals; in `generate` of transformers >= 5.18 already before),
+`_before_outer` (prompt, mask), `_before_text` (the embeddings: select and shorten), `_after_text`
+(back to the prompt's length, for losses). A decode step passes `_before_outer` alone. `generate`
+prepares each of its steps by `_Steps`, which tells the prompt from what was generated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import warnings
@@ -30,6 +32,7 @@ from .inputs import (
     full_positions,
     is_dispatched,
     padding,
+    supervised,
 )
 from .layout import Layout, Shortened, locate, shorten, source_rows
 from .probe import StaticProbe, check_probe_layer
@@ -37,6 +40,16 @@ from .report import Pruning, Stats
 from .tap import Tap
 
 _ENCODED = "_cdrop"
+_STEP = "prepare_inputs_for_generation"
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a caller wants predicted; those tokens are no question."""
+
+    logits: int = 0  # how many last logits; 0: all, at the prompt's length
+    labels: Tensor | None = None
+    generated: int = 0  # tokens at the end that `generate` wrote, where it has no cache for them
 
 
 @dataclass
@@ -47,7 +60,7 @@ class _Prefill:
     mask: Tensor | None
     cache: Any
     encoded: Encoded | None
-    logits: int  # how many last logits the caller wants; 0: all, at the prompt's length
+    wanted: _Wanted
     restore: Tensor | None = None
 
 
@@ -76,6 +89,7 @@ class Hooks:
         self._keep_signals = keep_signals
         self._calls = Calls()
         self._hooks: list[Any] = []
+        self._replaced: list[tuple[Any, str, Any]] = []
         self._tap: Tap | None = None
         self._layer = adapter.tap_layer(model.config, {})
         if "encoder" in method.needs:
@@ -85,29 +99,46 @@ class Hooks:
             check_probe_layer(self._text, method.probed_layer)
 
     def install(self) -> None:
-        """Put everything in place."""
+        """Put everything in place, or, if that fails, nothing."""
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _install(self) -> None:
         names = list(inspect.signature(self._outer.forward).parameters)
         self._outer_names = [n for n in names if n != "kwargs"]
         names = list(inspect.signature(self._model.forward).parameters)
         self._model_names = [n for n in names if n != "kwargs"]
         if self._tap is not None:
             self._tap.install()
-        encode = getattr(self._outer, self._adapter.features)
-        setattr(self._outer, self._adapter.features, _Features(encode, self))
-        self._hooks = [
-            self._model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self._outer.register_forward_pre_hook(self._before_outer, with_kwargs=True),
-            self._outer.register_forward_hook(self._after_outer, always_call=True),
-            self._text.register_forward_pre_hook(self._before_text, with_kwargs=True),
-            self._text.register_forward_hook(self._after_text),
-        ]
+        self._replace(self._outer, self._adapter.features, _Features)
+        self._replace(self._model, _STEP, _Steps)
+        model, outer, text, hold = self._model, self._outer, self._text, self._hooks.append
+        hold(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        hold(outer.register_forward_pre_hook(self._before_outer, with_kwargs=True))
+        hold(outer.register_forward_hook(self._after_outer, always_call=True))
+        hold(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
+        hold(text.register_forward_hook(self._after_text))
+
+    def _replace(self, module: Any, name: str, stand_in: Callable[..., Any]) -> None:
+        """Put a stand-in for a method on the instance, where someone's own may lie already."""
+        call = getattr(module, name)
+        self._replaced.append((module, name, vars(module).get(name)))
+        setattr(module, name, stand_in(call, self))
 
     def remove(self) -> None:
         """Leave the model as it was."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        delattr(self._outer, self._adapter.features)
+        while self._replaced:
+            module, name, own = self._replaced.pop()
+            if own is not None:
+                setattr(module, name, own)
+            elif name in vars(module):
+                delattr(module, name)
         if self._tap is not None:
             self._tap.remove()
 
@@ -122,12 +153,10 @@ class Hooks:
                 f"this call uses features of encoder layer {layer}, but the patch listens to layer "
                 f"{self._layer}: set it in the config before patching"
             )
-        if self._tap is not None:
-            self._tap.start()
-        output = call(*args, **kwargs)
+        with contextlib.nullcontext() if self._tap is None else self._tap.recording() as tapped:
+            output = call(*args, **kwargs)
         if isinstance(output, tuple):
             raise ValueError(f"{self._adapter.features} must be called with return_dict=True")
-        tapped = None if self._tap is None else self._tap.take()
         if tapped is not None and not tapped:
             raise RuntimeError("the encoder's attention did not go through its interface")
         encoded = self._adapter.encode(self._model, tapped, output, arguments)
@@ -139,6 +168,23 @@ class Hooks:
             prefill.encoded = encoded
         return output
 
+    def prepare(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Prepare a step of `generate` as the model does, and note what it has generated so far.
+
+        Without a cache every step runs the whole sequence anew: what was generated must not join
+        the question, or the choice would drift away from the one that a cache keeps.
+        """
+        inputs = call(*args, **kwargs)
+        ids = inputs.get("input_ids")
+        local = self._calls.local
+        local.generated = 0
+        if ids is None or kwargs.get("use_cache", True):
+            return inputs
+        if kwargs.get("is_first_iteration"):
+            local.prompt = ids.shape[1]
+        local.generated = max(ids.shape[1] - getattr(local, "prompt", ids.shape[1]), 0)
+        return inputs
+
     # Hooks.
 
     @property
@@ -148,8 +194,11 @@ class Hooks:
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = dict(zip(self._model_names, args, strict=False)) | kwargs
         logits = given.get("logits_to_keep")
-        counted = isinstance(logits, int) and given.get("labels") is None
-        self._calls.local.logits = logits if counted else 0
+        generated = getattr(self._calls.local, "generated", 0)
+        self._calls.local.generated = 0
+        self._calls.local.wanted = _Wanted(
+            logits if isinstance(logits, int) else 0, given.get("labels"), generated
+        )
 
     def _before_outer(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._calls.local.prefill = None
@@ -191,7 +240,7 @@ class Hooks:
             mask=given.get("attention_mask"),
             cache=cache,
             encoded=encoded,
-            logits=getattr(self._calls.local, "logits", 0),
+            wanted=getattr(self._calls.local, "wanted", _Wanted()),
         )
 
     def _recall(self, outputs: Any) -> Encoded | None:
@@ -209,7 +258,7 @@ class Hooks:
 
     def _after_outer(self, module: nn.Module, args: Any, output: Any) -> None:
         self._calls.local.prefill = None
-        self._calls.local.logits = 0
+        self._calls.local.wanted = _Wanted()
 
     def _before_text(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         prefill = self._prefill
@@ -226,9 +275,7 @@ class Hooks:
             self._placeholders(prefill.ids), valid, prefill.ids, encoded.tokens, embeds.device
         )
         positions = full_positions(kwargs.get("position_ids"), embeds)
-        # The first logit asked for predicts the first token that is no prompt: a draft of assisted
-        # decoding, or an answer to be scored. What is chosen must not depend on those.
-        layout = layout.without_last(max(prefill.logits - 1, 0))
+        layout = _prompt_alone(layout, prefill.wanted)
         signals = self._signals(embeds, positions, layout, encoded)
 
         budget = self.method.budget(encoded.tokens)
@@ -242,7 +289,7 @@ class Hooks:
         check_static(prefill.cache, layout, short)
         kwargs = kwargs | self._shortened(kwargs, short, embeds.shape[1])
         # Only the last logit stands at the same place in the shorter sequence, whatever was asked.
-        prefill.restore = None if prefill.logits == 1 else short.restore
+        prefill.restore = None if prefill.wanted.logits == 1 else short.restore
         cached = kwargs.get("past_key_values") is not None
         self._report(selection, signals, layout, short, embeds, cached)
         return (), kwargs
@@ -352,6 +399,29 @@ class Hooks:
         width = width or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return 2 * config.num_hidden_layers * heads * width * embeds.element_size()
+
+
+def _prompt_alone(layout: Layout, wanted: _Wanted) -> Layout:
+    """The layout where no token asks that is to be predicted: an answer with labels or to be
+    scored, a draft of assisted decoding, what was generated without a cache. What is chosen must
+    not depend on those, as it can't when the answer is yet to come."""
+    scored = max(wanted.logits - 1, 0)  # the first logit is the last prompt token's
+    layout = layout.without_last(max(scored, wanted.generated))
+    if wanted.labels is None:
+        return layout
+    return layout.without(supervised(wanted.labels, layout.ids))
+
+
+class _Steps:
+    """Stands on the model in place of its `prepare_inputs_for_generation`, like `_Features`."""
+
+    def __init__(self, call: Callable[..., Any], hooks: Hooks) -> None:
+        functools.update_wrapper(self, call)
+        self._call = call
+        self._hooks = hooks
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hooks.prepare(self._call, args, kwargs)
 
 
 class _Features:

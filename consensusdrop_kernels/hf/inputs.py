@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .layout import Layout, Shortened
 
+IGNORED = -100  # the label of a token that no loss is taken of
+
 
 def padding(mask: Any, cache: Any, embeds: Tensor) -> Tensor | None:
     """The mask of a prefill as `[B, L]`, or None if there is none.
@@ -30,6 +32,21 @@ def padding(mask: Any, cache: Any, embeds: Tensor) -> Tensor | None:
             "(chunked prefill, or images on a cache that already holds tokens?)"
         )
     return mask
+
+
+def supervised(labels: Tensor, ids: Tensor) -> Tensor:
+    """The tokens `[B, L]` that a loss is taken of, bool on the CPU.
+
+    With `logits_to_keep` the labels may be those of the last tokens alone.
+
+    Raises:
+        ValueError: labels of other prompts.
+    """
+    rows, length = ids.shape
+    if labels.dim() != 2 or len(labels) != rows or labels.shape[1] > length:
+        raise ValueError(f"labels must be [B, L]=[{rows}, {length}], got {list(labels.shape)}")
+    before = length - labels.shape[1]
+    return torch.nn.functional.pad((labels != IGNORED).cpu(), (before, 0), value=False)
 
 
 def full_positions(given: Tensor | None, embeds: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class Layout:
     Attributes:
         ids: `[B, L]` int64 on the CPU.
         visual, valid: `[B, L]` bool on the CPU.
-        asking: `[B, L]` bool on the CPU, tokens that may be the question, of those valid.
+        asking: `[B, L]` bool on the CPU, of those valid: no answer that is to be predicted.
         sample_list, end_list: the row of each image, and the place of its last token there.
         sample: the former as `[R]` int64 on the device.
         columns: `[R, N]` int64 on the device, the place of each token in its row.
@@ -41,9 +41,13 @@ class Layout:
         """The same layout, where the last `count` places are no question."""
         if count == 0:
             return self
-        asking = self.asking.clone()
-        asking[:, -count:] = False
-        return replace(self, asking=asking)
+        last = torch.zeros_like(self.asking)
+        last[:, -count:] = True
+        return self.without(last)
+
+    def without(self, mask: Tensor) -> Layout:
+        """The same layout, where the places of a mask `[B, L]` are no question."""
+        return replace(self, asking=self.asking & ~mask)
 
     def tokens(self, embeds: Tensor) -> Tensor:
         """The visual tokens `[R, N, D]` of `[B, L, D]`."""

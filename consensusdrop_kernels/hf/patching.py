@@ -51,6 +51,8 @@ class Handle:
             delattr(self._model, _ATTRIBUTE)
 
     def __enter__(self) -> Handle:
+        if not self._installed:
+            raise RuntimeError("the patch was removed: call patch(model, method) again")
         return self
 
     def __exit__(
@@ -76,6 +78,24 @@ def patch(
     `model.generate(...)` and `model(...)` are called as before and speak of the whole prompt; the
     decoder and its KV cache see the shorter one. Hooks on this instance alone: no class is
     changed, attention kernels stay as they are, no parameter or buffer is added.
+
+    What counts as the question: tokens that the call wants predicted never do, so that no answer
+    leaks into the choice. These are tokens with `labels` other than -100, the last `k - 1` with
+    `logits_to_keep=k`, and those that `generate` wrote. A plain `model(...)` without labels or
+    logits_to_keep takes every token it gets for the prompt: to score an answer, pass one of the
+    two. If labels leave no text after the image, the question is the text before it; if they leave
+    none at all, the encoder decides alone, with a warning. Labels are seen where the model is
+    called (`model(...)`), not where a wrapper calls `model.forward(...)` past its hooks.
+
+    What is shorter than the prompt: `past_key_values`, and the entries of `hidden_states` and
+    `attentions`, which are those of the tokens left. `logits` and `last_hidden_state` have the
+    prompt's length; a dropped place shows the last token left before it.
+
+    A pruned cache works only with the patched model: after `remove()` nothing corrects mask and
+    positions any more, and going on with such a cache gives wrong tokens without an error.
+    Positions passed along with a cache must count the prompt before pruning, not the entries of
+    the cache; this is checked on the CPU, on a GPU for several tokens at once or if `CDROP_CHECK=1`
+    is set.
 
     Args:
         model: a loaded model, `LlavaForConditionalGeneration` with a CLIP tower.

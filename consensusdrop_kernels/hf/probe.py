@@ -14,7 +14,7 @@ from .layout import Layout
 from .query import padded_rows, question_mask
 
 
-def check_probe_layer(text: nn.Module, layer: int, rotary: bool = False) -> None:
+def check_probe_layer(text: nn.Module, layer: int) -> None:
     """Raises ValueError unless that layer has the parts a probe calls."""
     layers: Any = text.layers
     if layer >= len(layers):
@@ -79,7 +79,9 @@ class StaticProbe:
         lse = None
         if context == "all":
             k_all = project.keys(embeds, None)
-            lse = _row_lse(q, k_all, index, place.valid.to(embeds.device), project.scale)
+            # A supervised answer to an earlier question must not show in a later one's rows.
+            seen = place.asking | (place.valid & place.visual)
+            lse = _row_lse(q, k_all, index, seen.to(embeds.device), project.scale)
             lse = lse[place.sample]
             k = _take_keys(k_all, place)
         else:

@@ -24,7 +24,7 @@ def question_mask(
     Args:
         rule: one of these names, or a callable of `(ids, visual, valid)`.
         ids: `[B, L]` int64.
-        visual, valid: bool `[B, L]`.
+        visual, valid: bool `[B, L]`; `valid` leaves out answers that are to be predicted.
         special: ids that are no question (tokenizer control tokens), or None.
 
     Raises:

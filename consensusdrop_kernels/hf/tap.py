@@ -6,9 +6,10 @@ module keeps the config it has, so masks and kernels stay what they were and not
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -61,19 +62,20 @@ class Tap:
         self._attention.config = tapped
 
     def remove(self) -> None:
-        """Give the module its own config back."""
-        self._attention.config = self.config
-        delattr(self._attention, _ATTRIBUTE)
+        """Give the module its own config back; nothing to do if it was never taken."""
+        if vars(self._attention).get(_ATTRIBUTE) is self:
+            self._attention.config = self.config
+            delattr(self._attention, _ATTRIBUTE)
 
-    def start(self) -> None:
-        """Record the calls that this thread makes from now on."""
-        self._calls.local.tapped = []
-
-    def take(self) -> list[Tapped]:
-        """The calls since `start`; recording ends."""
-        tapped = self._calls.local.tapped
-        self._calls.local.tapped = None
-        return tapped
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[Tapped]]:
+        """Record the calls that this thread makes inside, into the list it yields."""
+        tapped: list[Tapped] = []
+        self._calls.local.tapped = tapped
+        try:
+            yield tapped
+        finally:
+            self._calls.local.tapped = None
 
     def record(self, query: Tensor, key: Tensor, scale: float | None) -> None:
         """Keep one call, if this thread is recording."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import FUSIONS
 from .base import (
     CONTEXTS,
     POSITIONS,
@@ -26,7 +27,6 @@ from .base import (
     keep_count,
 )
 
-FUSIONS = ("rank", "rrf", "sum", "zscore", "product", "max")
 ROWS = ("max", "mean", "last")
 
 
@@ -64,7 +64,9 @@ class ConsensusDrop(Method):
             "original" leaves each token its own position.
         query: which text is the question: "after_image" (all text after the last image token),
             "all_text", "last_token", or a callable `(input_ids [B, L], visual [B, L],
-            valid [B, L]) -> bool [B, L]` on CPU tensors.
+            valid [B, L]) -> bool [B, L]` on CPU tensors. Text that a call wants predicted is
+            left out (and not `valid`): tokens with `labels` other than -100, the last `k - 1`
+            with `logits_to_keep=k`. A plain forward with neither takes all text for the prompt.
 
     Raises:
         ValueError: an option is not as above.

@@ -111,11 +111,12 @@ def merge(x: Tensor, metric: Tensor, kept: Tensor) -> Tensor:
 
 def pruned(
     model: Any, ids: Tensor, images: Tensor, *, keep: int, alpha: float = 0.5,
-    compact: bool = True, merging: bool = True, kept: Tensor | None = None, **probe: Any,
+    compact: bool = True, merging: bool = True, kept: Tensor | None = None, answer: int = 0,
+    **probe: Any,
 ) -> Sequence:  # fmt: skip
     """A prompt `[L]` without padding, with its images `[r, 3, H, W]`, pruned.
 
-    `kept` overrides the choice, the same for all images.
+    `kept` overrides the choice, the same for all images. The last `answer` tokens don't ask.
     """
     embeds = model.get_input_embeddings()(ids)
     places = (ids == IMAGE).nonzero().flatten()
@@ -127,7 +128,7 @@ def pruned(
     scores, metric = encoder_scores(model, images)
     out = embeds.clone()
     left = ids != IMAGE
-    rows = torch.arange(int(places[-1]) + 1, len(ids))
+    rows = torch.arange(int(places[-1]) + 1, len(ids) - answer)
     for at, columns in enumerate(places.view(len(x), -1)):
         asked = question_scores(model, embeds, rows, columns, **probe) if alpha else None
         chosen = choose(scores[at], asked, keep, alpha) if kept is None else kept

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import consensusdrop_kernels.hf.hooks as hooks
 from consensusdrop_kernels.hf import patch
@@ -132,23 +134,33 @@ def test_control_another_choice_gives_other_logits() -> None:
         check(out, plain, [SHORT], [images], merging=False)
 
 
-def prompt_only(ids: Tensor, visual: Tensor, valid: Tensor) -> Tensor:
-    """The first two words after the image: a question that generated words don't join."""
-    after = valid & (visual.flip(1).cumsum(1).flip(1) == 0)
-    return after & (after.cumsum(1) <= 2)
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_without_cache_the_tokens_are_the_same(positions: str, beams: int) -> None:
+    """What was generated must not join the question, however often the prompt runs anew."""
+    model = random_llava()
+    with patch(model, ConsensusDrop(keep=KEEP, alpha=1.0, positions=positions)):
+        for seed in range(3):
+            inputs, images = batch(prompt(3, 1, seed=seed), prompt(1, 5, seed=9)), pixels(2, seed)
+            cached = generate(model, inputs, images, num_beams=beams)
+            anew = generate(model, inputs, images, num_beams=beams, use_cache=False)
+            assert torch.equal(cached.sequences, anew.sequences)
+            if beams == 1:
+                torch.testing.assert_close(
+                    torch.stack(cached.logits), torch.stack(anew.logits), atol=2e-4, rtol=1e-4
+                )
 
 
-def test_without_cache_the_tokens_are_the_same() -> None:
-    model, images = random_llava(), pixels(2)
-    inputs = batch(SHORT, LONG)
-    method = ConsensusDrop(keep=KEEP, query=prompt_only, positions="original")
-    with patch(model, method):
-        cached = generate(model, inputs, images)
-        anew = generate(model, inputs, images, use_cache=False)
-    assert torch.equal(cached.sequences, anew.sequences)
-    torch.testing.assert_close(
-        torch.stack(cached.logits), torch.stack(anew.logits), atol=2e-4, rtol=1e-4
-    )
+@torch.no_grad()
+def test_after_generation_a_plain_call_is_a_prompt_of_its_own() -> None:
+    model, images = random_llava(), pixels(1)
+    longer = torch.tensor([[*SHORT, 5, 6]])
+    with patch(model, ConsensusDrop(keep=KEEP, alpha=1.0)) as handle:
+        model(input_ids=longer, pixel_values=images, use_cache=False)
+        want = handle.last.scores.textual
+        generate(model, batch(SHORT), images, use_cache=False)
+        model(input_ids=longer, pixel_values=images, use_cache=False)
+        assert torch.equal(handle.last.scores.textual, want)
 
 
 def test_without_cache_and_mask_gaps_are_no_packed_sequences() -> None:
@@ -310,6 +322,100 @@ def test_a_copied_cache_continues_like_the_original() -> None:
         one = model(input_ids=step, past_key_values=out.past_key_values).logits
         two = model(input_ids=step, past_key_values=twin).logits
     assert torch.equal(one, two)
+
+
+def prefill(model: Any, *prompts: list[int]) -> tuple[Any, Tensor]:
+    """A pruned cache and the mask of the prompts, which have one image each."""
+    inputs = batch(*prompts)
+    where = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    out = model(**inputs, pixel_values=pixels(len(prompts)), position_ids=where)
+    return out.past_key_values, inputs["attention_mask"]
+
+
+def longer(mask: Tensor, *rows: list[int]) -> Tensor:
+    return torch.cat([mask, torch.tensor(rows)], 1)
+
+
+@torch.no_grad()
+def test_padding_among_several_new_tokens_stays_hidden() -> None:
+    """A row whose new turn is shorter answers as if it were alone, then and one token later."""
+    model, turn = random_llava(), torch.tensor([[5, 6, 7], [0, 8, 9]])
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        cache, mask = prefill(model, SHORT, SHORT)
+        alone = copy.deepcopy(cache)
+        alone.batch_select_indices(torch.tensor([1]))
+        mask = longer(mask, [1, 1, 1], [0, 1, 1])
+        where = mask.cumsum(1) - 1
+        both = model(
+            input_ids=turn, attention_mask=mask, position_ids=where[:, -3:], past_key_values=cache
+        ).logits
+        want = model(input_ids=turn[1:, 1:], past_key_values=alone).logits
+        torch.testing.assert_close(both[1:, 1:], want, atol=1e-4, rtol=1e-4)
+        step = {"input_ids": torch.tensor([[3], [4]]), "attention_mask": longer(mask, [1], [1])}
+        then = model(**step, position_ids=where[:, -1:] + 1, past_key_values=cache).logits
+        want = model(input_ids=step["input_ids"][1:], past_key_values=alone).logits
+    torch.testing.assert_close(then[1:], want, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_the_state_follows_the_rows_of_the_cache(static: bool) -> None:
+    model, words, step = random_llava(), (SHORT, LONG), torch.tensor([[5], [6]])
+    if static:  # which takes no padding
+        words = (SHORT, SHORT)
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        inputs = batch(*words)
+        cache = None
+        if static:
+            cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+        cache = model(**inputs, pixel_values=pixels(2), past_key_values=cache).past_key_values
+        mask = longer(inputs["attention_mask"], [1], [1])
+        want = model(
+            input_ids=step, attention_mask=mask, past_key_values=copy.deepcopy(cache)
+        ).logits
+        twin = copy.deepcopy(cache)
+        twin.reorder_cache(torch.tensor([1, 0]))
+        got = model(input_ids=step.flip(0), attention_mask=mask.flip(0), past_key_values=twin)
+        torch.testing.assert_close(got.logits.flip(0), want, atol=1e-5, rtol=1e-5)
+        if static:
+            return
+        twin = pickle.loads(pickle.dumps(cache))
+        twin.batch_repeat_interleave(2)
+        twin.batch_select_indices(torch.tensor([3, 0]))
+        got = model(input_ids=step.flip(0), attention_mask=mask.flip(0), past_key_values=twin)
+        torch.testing.assert_close(got.logits.flip(0), want, atol=1e-5, rtol=1e-5)
+        again = model(input_ids=step, attention_mask=mask, past_key_values=cache).logits
+        assert torch.equal(again, want)  # the copies moved, not the original
+
+
+def test_a_pruned_cache_is_still_one_of_its_class() -> None:
+    model = random_llava()
+    with patch(model, ConsensusDrop(keep=KEEP)), torch.no_grad():
+        cache, _ = prefill(model, SHORT)
+    assert isinstance(cache, DynamicCache)
+    assert type(cache).__name__ == "DynamicCache"
+    alive = weakref.ref(cache)
+    del cache
+    assert alive() is None  # no reference cycle keeps its memory
+
+
+@torch.no_grad()
+def test_a_row_that_has_ended_may_stand_still() -> None:
+    """Loops that pad ended rows count their positions by the mask."""
+    model = random_llava()
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        cache, mask = prefill(model, SHORT, LONG)
+        for _ in range(3):
+            mask = longer(mask, [1], [0])
+            where = (mask.cumsum(1) - 1)[:, -1:]
+            step = torch.tensor([[5], [0]])
+            out = model(
+                input_ids=step, attention_mask=mask, position_ids=where, past_key_values=cache
+            ).logits
+        alone, _ = prefill(model, SHORT)
+        for _ in range(3):
+            want = model(input_ids=step[:1], past_key_values=alone).logits
+    torch.testing.assert_close(out[:1], want, atol=1e-4, rtol=1e-4)
 
 
 def test_static_cache_without_padding() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
 import json
@@ -63,6 +64,66 @@ def test_context_manager_removes_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), patch(model, ConsensusDrop(keep=3)):
         raise ZeroDivisionError
     assert torch.equal(logits(model), before)
+
+
+def test_a_removed_handle_can_not_be_entered_again() -> None:
+    model = random_llava()
+    handle = patch(model, ConsensusDrop(keep=3))
+    with handle:
+        pass
+    with pytest.raises(RuntimeError, match="the patch was removed"), handle:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("model", "get_image_features"), ("", "prepare_inputs_for_generation")]
+)
+def test_a_method_that_lay_on_the_instance_is_put_back(path: str, name: str) -> None:
+    model, calls = random_llava(), []
+    module: Any = model.get_submodule(path)
+    stock = getattr(module, name)
+
+    @functools.wraps(stock)
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return stock(*args, **kwargs)
+
+    setattr(module, name, mine)
+    with patch(model, ConsensusDrop(keep=3)):
+        model.generate(**batch(WORDS), pixel_values=pixels(1), max_new_tokens=1)
+    assert calls
+    assert vars(module)[name] is mine
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_patch_that_fails_halfway_leaves_nothing(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_llava()
+    logits(model)
+    parts, count = anatomy(model), iter(range(9))
+
+    def failing(register: Any) -> Any:
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            if next(count) == at:
+                raise MemoryError
+            return register(*args, **kwargs)
+
+        return instead
+
+    for name in ("register_forward_pre_hook", "register_forward_hook"):
+        monkeypatch.setattr(torch.nn.Module, name, failing(getattr(torch.nn.Module, name)))
+    with pytest.raises(MemoryError):
+        patch(model, ConsensusDrop(keep=3))
+    assert anatomy(model) == parts
+
+
+def test_a_failed_encoder_leaves_nothing_recording() -> None:
+    model = random_llava()
+    with patch(model, ConsensusDrop(keep=3)) as handle:
+        with pytest.raises(ValueError, match="size"):
+            model(**batch(WORDS), pixel_values=pixels(1)[..., :16])
+        assert handle._hooks._tap._calls.local.tapped is None
 
 
 def test_a_failed_call_does_not_spoil_the_next() -> None:

@@ -41,16 +41,15 @@ def test_logits_of_every_place(positions: str) -> None:
 
 
 def test_loss_and_gradient_are_those_of_the_pruned_prompt() -> None:
-    plain, model, images = random_llava(), random_llava(), pixels(1)
+    """Pruned by the question alone, as it is when the answer is yet to come."""
+    plain, model, images, after = random_llava(), random_llava(), pixels(1), 2
     ids = torch.tensor([SHORT])
-    labels = ids.clone()
-    labels[0, : 3 + TOKENS] = -100
+    labels = supervise(ids, after)
     with patch(model, ConsensusDrop(keep=KEEP)):
         loss = model(input_ids=ids, pixel_values=images, labels=labels).loss
         loss.backward()
-    sequence = reference.pruned(plain, ids[0], images, keep=KEEP)
+    sequence = reference.pruned(plain, ids[0], images, keep=KEEP, answer=after)
     hidden = plain.model.language_model(inputs_embeds=sequence.embeds[None]).last_hidden_state[0]
-    after = len(SHORT) - 3 - TOKENS
     want = torch.nn.functional.cross_entropy(
         plain.lm_head(hidden)[-after - 1 : -1], torch.tensor(SHORT[-after:])
     )
@@ -60,6 +59,81 @@ def test_loss_and_gradient_are_those_of_the_pruned_prompt() -> None:
         got, expected = (dict(m.named_parameters())[name].grad for m in (model, plain))
         assert expected.norm() > 0
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
+
+
+def supervise(ids: torch.Tensor, *answers: int) -> torch.Tensor:
+    """Labels of the last tokens, as many per row as given."""
+    labels = torch.full_like(ids, -100)
+    for row, count in enumerate(answers):
+        labels[row, -count:] = ids[row, -count:]
+    return labels
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", ["visual", "all"])
+def test_labelled_tokens_do_not_choose(context: str) -> None:
+    """Answers of several lengths, one of them amid the prompt: other words, the same choice."""
+    model, images = random_llava(), pixels(2)
+    inputs = batch(SHORT, LONG)
+    labels = supervise(inputs["input_ids"], 2, 5)
+    labels[1, -8:-6] = inputs["input_ids"][1, -8:-6]
+    answer = labels != -100
+    other = inputs["input_ids"].masked_fill(answer, 7)
+    method = ConsensusDrop(keep=KEEP, alpha=1.0, probe_context=context)
+    with patch(model, method) as handle:
+
+        def scores(ids: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+            model(**inputs | {"input_ids": ids}, pixel_values=images, **options)
+            return handle.last.scores.textual
+
+        one = scores(inputs["input_ids"], labels=labels)
+        two = scores(other, labels=labels.masked_fill(answer, 7))
+        assert torch.equal(one, two)
+        plain = [scores(ids) for ids in (inputs["input_ids"], other)]
+        assert not torch.allclose(plain[0][0], plain[1][0])
+        assert not torch.allclose(plain[0][1], plain[1][1])
+
+
+@torch.no_grad()
+def test_without_unlabelled_text_after_the_image() -> None:
+    """The text before it asks; with no text at all, the encoder decides."""
+    model, images, ids = random_llava(), pixels(1), torch.tensor([SHORT])
+    after = len(SHORT) - 3 - TOKENS
+
+    def before_image(ids: torch.Tensor, visual: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return valid & (visual.cumsum(1) == 0)
+
+    with patch(model, ConsensusDrop(keep=KEEP, query=before_image)) as handle:
+        model(input_ids=ids, pixel_values=images)
+        want = handle.last.scores.textual
+    with patch(model, ConsensusDrop(keep=KEEP)) as handle:
+        model(input_ids=ids, pixel_values=images, labels=supervise(ids, after))
+        torch.testing.assert_close(handle.last.scores.textual, want)
+        with pytest.warns(UserWarning, match="no text"):
+            model(input_ids=ids, pixel_values=images, labels=ids)
+        assert handle.last.scores.textual is None
+
+
+@torch.no_grad()
+def test_labels_of_the_last_tokens_alone() -> None:
+    model, images, ids = random_llava(), pixels(1), torch.tensor([SHORT])
+    with patch(model, ConsensusDrop(keep=KEEP)) as handle:
+        model(input_ids=ids, pixel_values=images, labels=supervise(ids, 2))
+        want = handle.last.scores.textual
+        tail = {"labels": supervise(ids, 2)[:, -3:], "logits_to_keep": 3}
+        assert model(input_ids=ids, pixel_values=images, **tail).logits.shape[1] == 3
+        torch.testing.assert_close(handle.last.scores.textual, want)
+        with pytest.raises(ValueError, match="labels must be"):
+            model(input_ids=ids, pixel_values=images, labels=ids.repeat(1, 2))
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_tokens_left() -> None:
+    model, images, ids = random_llava(), pixels(1), torch.tensor([SHORT])
+    with patch(model, ConsensusDrop(keep=KEEP)):
+        out = model(input_ids=ids, pixel_values=images, output_hidden_states=True)
+    assert out.logits.shape[1] == len(SHORT)
+    assert {h.shape[1] for h in out.hidden_states} == {len(SHORT) - TOKENS + KEEP}
 
 
 @torch.no_grad()
