@@ -231,7 +231,10 @@ def _ask_all(
     from .demo import budget, compare, figure_row
 
     rows: list[SelectionRow] = []
-    for question in args.question or _default_questions(args, truths, assistant):
+    questions = args.question or _default_questions(args, truths, assistant)
+    for question in questions:
+        assistant.check_question(question)
+    for question in questions:
         _warn_of_unknown_words(assistant, question)
         asked = assistant.ask(image, question)
         keep = budget(args.keep, asked.tokens)

@@ -67,7 +67,7 @@ class Assistant:
         dtype: "auto" (as stored) or the name of a torch dtype.
 
     Raises:
-        DemoError: there is no such model, or it is not one we can patch.
+        DemoError: there is no such device or model, or it is not a model we can patch.
     """
 
     def __init__(
@@ -75,25 +75,40 @@ class Assistant:
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        _check_device(self.device)
         source = str(tiny_llava_path()) if name is None else name
         self.shipped = name is None
         self.name = "tiny-llava (ships with the package)" if name is None else name
         _check_family(source)
         with _loading(source):
             self.processor: Any = AutoProcessor.from_pretrained(source)
-            self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
             self.model: Any = model.to(self.device).eval()
         with _with(self, ConsensusDrop(keep=1)):
             pass  # a model that can't be patched is refused here, before anything was asked of it
 
     def ask(self, image: Any, question: str) -> Asked:
-        """The prompt for a question about a PIL image."""
-        text = self._prompt(question)
-        inputs = self.processor(text=[text], images=[image], return_tensors="pt")
-        inputs = inputs.to(self.device, self.model.dtype)
+        """The prompt for a question about a PIL image.
+
+        Raises:
+            DemoError: the question stands for a picture itself, or the model's processor fails.
+        """
+        self.check_question(question)
+        with _failing(f"the processor of {self.name} can't take {question!r}"):
+            text = self._prompt(question)
+            inputs = self.processor(text=[text], images=[image], return_tensors="pt")
+            inputs = inputs.to(self.device, self.model.dtype)
         tokens = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
         return Asked(inputs, tokens)
+
+    def check_question(self, question: str) -> None:
+        """Raises DemoError for a question that the processor would take for another image."""
+        token = str(self.processor.image_token)
+        if token in question:
+            raise DemoError(
+                f"--question can't contain {token}, which stands for the picture, got {question!r}"
+            )
 
     def _prompt(self, question: str) -> str:
         if getattr(self.processor, "chat_template", None):
@@ -133,12 +148,13 @@ class Assistant:
         return np.clip(np.rint(255 * pixels), 0, 255).astype(np.uint8)
 
     def _generate(self, asked: Asked, tokens: int) -> Any:
-        return self.model.generate(
-            **asked.inputs,
-            max_new_tokens=tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-        )
+        with _failing(f"{self.name} can't answer on {self.device}"):
+            return self.model.generate(
+                **asked.inputs,
+                max_new_tokens=tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
 
     def _wait(self) -> None:
         if self.device.startswith("cuda"):
@@ -180,6 +196,31 @@ def _check_family(source: str) -> None:
             f"model {source} is of type {family!r}, which is not supported; supported: "
             f"{', '.join(supported())}"
         )
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that is none, or can't be had here, before a model is loaded for it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:  # torch's own sentence lists a dozen that nobody has
+        raise DemoError(f"--device must be cpu, cuda, or cuda:1 and so on, got {name}") from error
+    if device.type == "meta":
+        raise DemoError("--device meta holds no values, so nothing can be computed there")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DemoError(f"--device {name}: torch {torch.__version__} finds no GPU here")
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise DemoError(f"--device {name} can't be used: {first_sentence(error)}") from error
+
+
+@contextlib.contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Whatever goes wrong in a model's own code, which may be anyone's, in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise DemoError(f"{what}: {first_sentence(error)}") from error
 
 
 @contextlib.contextmanager

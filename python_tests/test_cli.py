@@ -244,7 +244,13 @@ def test_budget(keep, tokens):
             ["--model", "full"],
             "model full can't be patched: vision_feature_select_strategy must be",
         ),
-        (["--device", "abacus"], "can't load model .*abacus"),
+        (["--device", "abacus"], "--device must be cpu, cuda, or cuda:1 and so on, got abacus"),
+        (["--device", "meta"], "--device meta holds no values"),
+        (["--device", "cuda:99"], "--device cuda:99( can't be used|: torch .* finds no GPU here)"),
+        (
+            ["--question", "how many ?", "--question", "what <image> is"],
+            "--question can't contain <image>, .* got 'what <image> is'",
+        ),
     ],
 )
 def test_refuses_in_one_sentence(capsys, tmp_path, arguments, message):
@@ -262,6 +268,26 @@ def test_refuses_in_one_sentence(capsys, tmp_path, arguments, message):
     (tmp_path / "weightless" / "model.safetensors").unlink()
     assert re.search(message, refusal(capsys, *arguments))
     assert not (tmp_path / "demo.png").exists()
+
+
+def test_a_failing_processor_is_named(assistant, monkeypatch):
+    def fail(*args, **kwargs):
+        raise TypeError("no such template\nat line 3")
+
+    monkeypatch.setattr(assistant, "_prompt", fail)
+    with pytest.raises(
+        demo.DemoError, match=r"the processor of tiny-.* 'why \?': no such template$"
+    ):
+        assistant.ask(Image.new("RGB", (8, 8)), "why ?")
+
+
+def test_a_failing_model_is_named(assistant, circle, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory.")
+
+    monkeypatch.setattr(assistant.model, "generate", fail)
+    with pytest.raises(demo.DemoError, match=r"can't answer on cpu: out of memory$"):
+        demo.compare(assistant, circle, 16, 0.5, 0, repeats=1)
 
 
 @pytest.mark.parametrize(
