@@ -59,8 +59,86 @@ SALIENCY = {
     "square, float32, d 256": _saliency(8, 4, 576, 576, 256, F32, causal=True, reduce="max"),
 }
 
+
+def _select(
+    tokens: int, fusion: str, *, text: bool = True, valid: bool = False, reserved: int = 0
+) -> Callable[[], object]:
+    def call() -> object:
+        from consensusdrop_kernels.triton.consensus_select import consensus_select
+
+        return consensus_select(
+            meta(2, tokens), meta(2, tokens) if text else None, tokens // 4, fusion=fusion,
+            valid=meta(2, tokens, dtype=torch.bool) if valid else None,
+            priority=meta(tokens) if reserved else None, priority_keep=reserved,
+        )  # fmt: skip
+
+    return call
+
+
+SELECT = {
+    "image": _select(576, "rank"),
+    "2048 tokens": _select(2048, "rank"),
+    "4096 tokens": _select(4096, "rank", valid=True, reserved=64),
+    **{f"4096 tokens, {f}": _select(4096, f, valid=True, reserved=64)
+       for f in ("rrf", "sum", "zscore", "product", "max")},
+    "one list": _select(4096, "rank", text=False, valid=True, reserved=64),
+    "video": _select(32768, "rank", valid=True, reserved=64),
+    "video, zscore": _select(32768, "zscore", valid=True),
+    "video, max": _select(32768, "max"),
+}  # fmt: skip
+
+
+def _merge(
+    tokens: int, keep: int, width: int, features: int, dtype: torch.dtype = BF16, *,
+    contextual: int = 0, weight: bool = False, valid: bool = False,
+) -> Callable[[], object]:  # fmt: skip
+    def call() -> object:
+        from consensusdrop_kernels.triton.token_merge import token_merge
+
+        return token_merge(
+            meta(2, tokens, width, dtype=dtype), meta(2, tokens, features, dtype=dtype),
+            meta(2, keep, dtype=torch.int64), contextual=contextual,
+            weight=meta(2, tokens) if weight else None,
+            valid=meta(2, tokens, dtype=torch.bool) if valid else None,
+        )  # fmt: skip
+
+    return call
+
+
+MERGE = {
+    "image": _merge(576, 64, 1024, 64),
+    "image, contextual": _merge(576, 54, 4096, 64, F16, contextual=10),
+    "tiles": _merge(2880, 160, 4096, 128, contextual=32, weight=True, valid=True),
+    "video": _merge(32768, 4096, 3584, 128, weight=True, valid=True),
+    "float32, wide metric": _merge(729, 64, 1152, 1152, F32),
+    "narrow": _merge(60, 9, 40, 5, F32),
+}
+
+
+def _flagship(tokens: int, keep: int, **options: Any) -> Callable[[], object]:
+    def call() -> object:
+        from consensusdrop_kernels.triton.select_merge import select_merge
+
+        vis = [meta(2, 16, rows, 64, dtype=BF16) for rows in (1, tokens + 1)]
+        txt = [meta(2, heads, n, 128, dtype=BF16) for heads, n in ((32, 8), (32, tokens))]
+        return select_merge(
+            meta(2, tokens, 4096, dtype=BF16), *vis, *txt, keep=keep, prefix=1, **options
+        )
+
+    return call
+
+
+FLAGSHIP = {
+    "image": _flagship(576, 64),
+    "image, contextual": _flagship(576, 54, contextual=10, fusion="zscore"),
+}
+
+OPS = {
+    "attention_saliency": SALIENCY,
+    "consensus_select": SELECT,
+    "token_merge": MERGE,
+    "select_merge": FLAGSHIP,
+}
 CALLS: dict[str, Callable[[], object]] = {
-    f"{op}: {name}": call
-    for op, calls in {"attention_saliency": SALIENCY}.items()
-    for name, call in calls.items()
+    f"{op}: {name}": call for op, calls in OPS.items() for name, call in calls.items()
 }
