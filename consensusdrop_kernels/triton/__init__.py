@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 #: Each op that has a Triton kernel, and the module of this package that holds its launcher, a
-#: function of the op's name and schema.
+#: function of the op's name (of an overload, `<op>_<overload>`) and schema.
 OPS = {
     "attention_saliency": "attention_saliency",
+    "attention_saliency.varlen": "attention_saliency",
     "consensus_select": "consensus_select",
     "token_merge": "token_merge",
     "select_merge": "select_merge",
@@ -68,4 +69,5 @@ def _load(op: str) -> Callable[..., Any]:
         from . import _interpreter
 
         _interpreter.prepare()
-    return getattr(importlib.import_module(f".{OPS[op]}", __name__), op)
+    module = importlib.import_module(f".{OPS[op]}", __name__)
+    return getattr(module, op.replace(".", "_"))

@@ -9,7 +9,6 @@ the keys together. Logits are in base 2: `s c` with `c = scale log2(e)`.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -19,18 +18,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
+from ._saliency_plan import Problem, Tiles, tiles, wanted_programs
 
 LOG2E = math.log2(math.e)
 #: Splits of the keys beyond which putting them together again costs more than it gains.
 MAX_SPLITS = 32
-#: Programs that one multiprocessor should be given before the work is split no further.
-PROGRAMS_PER_CORE = 2
 
 
 @triton.jit
 def _finite_or_zero(x):
     """`x` where it can be subtracted without making a NaN."""
     return tl.where((x == float("inf")) | (x == float("-inf")), 0.0, x)
+
+
+@triton.jit
+def _sequence(cu_ptr, b, stride_cu):
+    """Start and length of a packed sequence."""
+    start = tl.load(cu_ptr + b * stride_cu).to(tl.int64)
+    return start, (tl.load(cu_ptr + (b + 1) * stride_cu).to(tl.int64) - start).to(tl.int32)
 
 
 @triton.jit
@@ -72,11 +77,11 @@ def _products(q, k, q_ptrs, q_there, k_ptrs, k_there, D: tl.constexpr, BLOCK_D: 
 @triton.jit(
     do_not_specialize=[
         "rows", "keys", "group", "chunks", "row_tiles", "splits", "keys_per_split", "scale2",
-        "stride_vb", "stride_vn",
+        "stride_vb", "stride_vn", "stride_cu",
     ]
 )  # fmt: skip
 def _attention_saliency_rows_kernel(
-    q_ptr, k_ptr, valid_ptr, max_ptr, sum_ptr,
+    q_ptr, k_ptr, valid_ptr, cu_ptr, max_ptr, sum_ptr, stride_cu,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vn,
     key_heads, group, chunks, rows, row_tiles, keys, splits, keys_per_split, scale2,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
@@ -93,6 +98,13 @@ def _attention_saliency_rows_kernel(
     b = (pid // chunks // key_heads).to(tl.int64)
 
     first = key_head * group
+    line = b * key_heads * group * rows
+    all_rows = rows
+    if cu_ptr is not None:
+        at, rows = _sequence(cu_ptr, b, stride_cu)
+        keys = rows
+        q_ptr += at * stride_qm
+        k_ptr += at * stride_kn
     head, m, there = _tile_rows(
         first + chunk * HEADS, first + group, m0, rows, HEADS, BLOCK_M
     )  # [R]
@@ -127,7 +139,7 @@ def _attention_saliency_rows_kernel(
         total += tl.sum(tl.exp2(s - shift[:, None]), 1)
         top = new_top
 
-    line = ((b * key_heads * group + head) * rows + m) * splits + split
+    line = (line + head * all_rows + m) * splits + split
     if sum_ptr is None:
         tl.store(max_ptr + line, _finite_or_zero(top) + tl.log2(total), mask=there)
     else:
@@ -179,11 +191,11 @@ def _weight_sum(weight_ptr, rows, stride_wm, BLOCK_M: tl.constexpr):
     do_not_specialize=[
         "rows", "keys", "prefix", "group", "chunks", "chunks_per_part", "splits", "tokens",
         "scale2", "out_scale", "stride_vb", "stride_vn", "stride_wb", "stride_wm", "stride_lb",
-        "stride_lh", "stride_lm", "key_heads", "parts", "token_blocks",
+        "stride_lh", "stride_lm", "key_heads", "parts", "token_blocks", "stride_cu",
     ]
 )  # fmt: skip
 def _attention_saliency_columns_kernel(
-    q_ptr, k_ptr, valid_ptr, weight_ptr, lse_ptr, sum_ptr, out_ptr,
+    q_ptr, k_ptr, valid_ptr, cu_ptr, weight_ptr, lse_ptr, sum_ptr, out_ptr, stride_cu,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vn,
     stride_wb, stride_wm, stride_lb, stride_lh, stride_lm,
     key_heads, group, chunks, chunks_per_part, parts, rows, keys, prefix, tokens, token_blocks,
@@ -200,6 +212,20 @@ def _attention_saliency_columns_kernel(
     key_head = pid // parts % key_heads
     b = (pid // parts // key_heads).to(tl.int64)
 
+    out_ptr += ((b * key_heads + key_head) * parts + part) * tokens
+    if cu_ptr is not None:  # the output is [Hk * parts, T]: no sequence has a row of its own
+        at, rows = _sequence(cu_ptr, b, stride_cu)
+        out_ptr += at - b * key_heads * parts * tokens
+        keys = rows
+        tokens = rows
+        q_ptr += at * stride_qm
+        k_ptr += at * stride_kn
+        if weight_ptr is not None:
+            weight_ptr += at * stride_wm
+        elif not MAX:
+            out_scale = out_scale / tl.maximum(rows, 1)
+        if LSE == "given":
+            lse_ptr += at * stride_lm
     inside = n < tokens
     key = n + prefix
     k_ptr += b * stride_kb + key_head.to(tl.int64) * stride_kh
@@ -260,8 +286,7 @@ def _attention_saliency_columns_kernel(
             valid_ptr + b * stride_vb + key.to(tl.int64) * stride_vn, mask=inside, other=False
         )
         out = tl.where(seen, out, 0.0)
-    line = (b * key_heads + key_head) * parts + part
-    tl.store(out_ptr + line * tokens + n, out, mask=inside)
+    tl.store(out_ptr + n, out, mask=inside)
 
 
 @triton.jit(do_not_specialize=["parts", "tokens"])
@@ -293,53 +318,6 @@ def _attention_saliency_shares_kernel(
         tl.store(out_ptr + b * rows + m, share, mask=m < rows)
 
 
-class Tiles(NamedTuple):
-    """How one launch cuts its work; `heads * block_m` rows by `block_n` keys."""
-
-    heads: int
-    block_m: int
-    block_n: int
-    block_d: int
-    warps: int
-    stages: int
-
-    def registers(self) -> dict[str, int]:
-        """A limit that four warps never need: without one, ptxas spills a register or two of
-        these kernels to keep more of them resident than there are programs."""
-        return {"maxnreg": 128} if self.warps == 4 and torch.version.hip is None else {}
-
-
-def tiles(rows: int, group: int, width: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of both launches that multiply, from the shape alone.
-
-    Three heights serve all row counts, so that a prompt of another length is no new kernel: one
-    row, up to 16, and more. Heads fill the tile up to 64 rows. Few rows leave the tensor cores
-    idle whatever is done, so their blocks of keys are small, for more programs; many rows share a
-    block of 128 keys. Float32 is multiplied without tensor cores, from registers, in short chunks.
-    """
-    block_m = 1 if rows == 1 else 16 if rows <= 16 else 64
-    padded = max(16, triton.next_power_of_2(width))
-    if dtype == torch.float32:
-        block_m = min(block_m, 16)
-        heads = min(triton.next_power_of_2(group), 16 // block_m)
-        return Tiles(heads, 16 // heads, 64, 16, 8, 1)
-    heads = min(triton.next_power_of_2(group), 64 // block_m)
-    block_m = max(block_m, 16 // heads)
-    warps = 8 if heads * block_m == 64 else 4
-    if rows <= 64 or padded > 128:
-        return Tiles(heads, block_m, 64, padded, warps, 2)
-    return Tiles(heads, block_m, 128, padded, warps, 3 if padded <= 64 else 2)
-
-
-@functools.cache
-def _wanted_programs(device: torch.device) -> int:
-    # Interpreted, few, but enough to split the work; meta tensors stand for a large GPU.
-    cores = 8 if device.type == "cpu" else 132
-    if device.type == "cuda":
-        cores = torch.cuda.get_device_properties(device).multi_processor_count
-    return cores * PROGRAMS_PER_CORE
-
-
 def _strides(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
     return (0,) * rank if tensor is None else tensor.stride()
 
@@ -354,24 +332,22 @@ class _Rows(NamedTuple):
     kind: str
 
 
-def _row_statistics(
-    q: Tensor, k: Tensor, key_valid: Tensor | None, causal: bool, scale2: float, t: Tiles
-) -> _Rows:
-    batch, heads, rows, width = q.shape
-    key_heads, keys = k.shape[1:3]
-    group = heads // key_heads
-    chunks, row_tiles = triton.cdiv(group, t.heads), triton.cdiv(rows, t.block_m)
-    programs = batch * key_heads * chunks * row_tiles
-    blocks = triton.cdiv(keys, t.block_n)
-    splits = min(triton.cdiv(_wanted_programs(q.device), programs), MAX_SPLITS, blocks)
+def _row_statistics(p: Problem, t: Tiles) -> _Rows:
+    group = p.heads // p.key_heads
+    chunks, row_tiles = triton.cdiv(group, t.heads), triton.cdiv(p.rows, t.block_m)
+    programs = p.batch * p.key_heads * chunks * row_tiles
+    blocks = triton.cdiv(p.keys, t.block_n)
+    splits = min(triton.cdiv(wanted_programs(p.q.device), programs), MAX_SPLITS, blocks)
     per_split = triton.cdiv(blocks, splits) * t.block_n
-    splits = triton.cdiv(keys, per_split)
-    tops = torch.empty(batch, heads, rows, splits, dtype=torch.float32, device=q.device)
+    splits = triton.cdiv(p.keys, per_split)
+    shape = (p.batch, p.heads, p.rows, splits)
+    tops = torch.empty(shape, dtype=torch.float32, device=p.q.device)
     sums = torch.empty_like(tops) if splits > 1 else None
     _attention_saliency_rows_kernel[(programs, splits)](
-        q, k, key_valid, tops, sums, *q.stride()[:3], *k.stride()[:3], *_strides(key_valid, 2),
-        key_heads, group, chunks, rows, row_tiles, keys, splits, per_split, scale2,
-        CAUSAL=causal, D=width, BLOCK_D=t.block_d, HEADS=t.heads, BLOCK_M=t.block_m,
+        p.q, p.k, p.key_valid, p.cu, tops, sums, p.cu_stride, *p.strides,
+        *_strides(p.key_valid, 2), p.key_heads, group, chunks, p.rows, row_tiles, p.keys, splits,
+        per_split, p.scale2,
+        CAUSAL=p.causal, D=p.q.shape[-1], BLOCK_D=t.block_d, HEADS=t.heads, BLOCK_M=t.block_m,
         BLOCK_N=t.block_n, num_warps=t.warps, num_stages=t.stages, **t.registers(),
     )  # fmt: skip
     return _Rows(tops, tops.stride()[:3], sums, splits, "whole" if splits == 1 else "split")
@@ -383,6 +359,38 @@ def _shares(weight: Tensor) -> Tensor:
     _attention_saliency_shares_kernel[(batch,)](
         weight, out, *weight.stride(), rows, BLOCK_M=1024, num_warps=4
     )
+    return out
+
+
+def _columns(
+    p: Problem, t: Tiles, stats: _Rows, weight: Tensor | None, weight_strides: tuple[int, ...],
+    inline: bool, out: Tensor, out_scale: float, reduce: str,
+) -> Tensor:  # fmt: skip
+    group = p.heads // p.key_heads
+    chunks, token_blocks = triton.cdiv(group, t.heads), triton.cdiv(p.keys - p.prefix, t.block_n)
+    programs = p.batch * p.key_heads * token_blocks
+    parts = min(triton.cdiv(wanted_programs(p.q.device), programs), chunks)
+    per_part = triton.cdiv(chunks, parts)
+    parts = triton.cdiv(chunks, per_part)
+    pieces, samples = p.key_heads * parts, out.numel() // p.tokens
+    partial = out
+    if pieces > 1:
+        shape = (samples, pieces, p.tokens)
+        partial = torch.empty(shape, dtype=torch.float32, device=out.device)
+    _attention_saliency_columns_kernel[(programs * parts,)](
+        p.q, p.k, p.key_valid, p.cu, weight, stats.lse, stats.sums, partial, p.cu_stride,
+        *p.strides, *_strides(p.key_valid, 2), *weight_strides, *stats.strides, p.key_heads, group,
+        chunks, per_part, parts, p.rows, p.keys, p.prefix, p.tokens, token_blocks, stats.splits,
+        p.scale2, out_scale,
+        MAX=reduce == "max", CAUSAL=p.causal, LSE=stats.kind, INLINE=inline, D=p.q.shape[-1],
+        BLOCK_D=t.block_d, HEADS=t.heads, BLOCK_M=t.block_m, BLOCK_N=t.block_n,
+        num_warps=t.warps, num_stages=1 if p.rows <= t.block_m else t.stages, **t.registers(),
+    )  # fmt: skip
+    if pieces > 1:
+        grid = (triton.cdiv(p.tokens, 256), samples)
+        _attention_saliency_sum_kernel[grid](
+            partial, out, pieces, p.tokens, BLOCK_N=256, num_warps=4
+        )
     return out
 
 
@@ -411,11 +419,12 @@ def attention_saliency(
         return out
     t = tiles(rows, group, width, q.dtype)
     scale2 = (width**-0.5 if scale is None else scale) * LOG2E
-    if lse is None:
-        stats = _row_statistics(q, k, key_valid, causal, scale2, t)
-    else:
-        stats = _Rows(lse, lse.stride(), None, 0, "given")
-
+    strides = (*q.stride()[:3], *k.stride()[:3])
+    p = Problem(
+        q, k, strides, batch, heads, key_heads, rows, keys, tokens, prefix, key_valid, None, scale2,
+        causal,
+    )  # fmt: skip
+    stats = _row_statistics(p, t) if lse is None else _Rows(lse, lse.stride(), None, 0, "given")
     out_scale = 1.0 / heads
     inline = False
     if reduce == "mean" and query_weight is None:
@@ -423,26 +432,42 @@ def attention_saliency(
     elif reduce == "mean" and query_weight is not None:
         inline = rows <= t.block_m
         query_weight = query_weight if inline else _shares(query_weight)
-    chunks, token_blocks = triton.cdiv(group, t.heads), triton.cdiv(tokens, t.block_n)
-    programs = batch * key_heads * token_blocks
-    parts = min(triton.cdiv(_wanted_programs(q.device), programs), chunks)
-    per_part = triton.cdiv(chunks, parts)
-    parts = triton.cdiv(chunks, per_part)
-    pieces = key_heads * parts
-    partial = out
-    if pieces > 1:
-        partial = torch.empty(batch, pieces, tokens, dtype=torch.float32, device=q.device)
-    _attention_saliency_columns_kernel[(programs * parts,)](
-        q, k, key_valid, query_weight, stats.lse, stats.sums, partial,
-        *q.stride()[:3], *k.stride()[:3], *_strides(key_valid, 2), *_strides(query_weight, 2),
-        *stats.strides, key_heads, group, chunks, per_part, parts, rows, keys, prefix, tokens,
-        token_blocks, stats.splits, scale2, out_scale,
-        MAX=reduce == "max", CAUSAL=causal, LSE=stats.kind, INLINE=inline, D=width,
-        BLOCK_D=t.block_d, HEADS=t.heads, BLOCK_M=t.block_m, BLOCK_N=t.block_n,
-        num_warps=t.warps, num_stages=1 if rows <= t.block_m else t.stages,
-        **t.registers(),
+    weight_strides = _strides(query_weight, 2)
+    return _columns(p, t, stats, query_weight, weight_strides, inline, out, out_scale, reduce)
+
+
+def attention_saliency_varlen(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    causal: bool = False,
+    reduce: str = "mean",
+) -> Tensor:
+    """The overload for packed sequences; see `consensusdrop_kernels.attention_saliency_varlen`."""
+    _checks.packed_attention(
+        q, k, cu_seqlens, max_seqlen, scale=scale, lse=lse, query_weight=query_weight, reduce=reduce
+    )
+    total, heads, width = q.shape
+    key_heads, batch = k.shape[1], cu_seqlens.shape[0] - 1
+    out = torch.empty(total, dtype=torch.float32, device=q.device)
+    if total == 0:
+        return out
+    t = tiles(max_seqlen, heads // key_heads, width, q.dtype)
+    scale2 = (width**-0.5 if scale is None else scale) * LOG2E
+    strides = (0, q.stride(1), q.stride(0), 0, k.stride(1), k.stride(0))
+    p = Problem(
+        q, k, strides, batch, heads, key_heads, max_seqlen, max_seqlen, total, 0, None, cu_seqlens,
+        scale2, causal,
     )  # fmt: skip
-    if pieces > 1:
-        grid = (triton.cdiv(tokens, 256), batch)
-        _attention_saliency_sum_kernel[grid](partial, out, pieces, tokens, BLOCK_N=256, num_warps=4)
-    return out
+    stats = (
+        _row_statistics(p, t) if lse is None else _Rows(lse, (0, *lse.stride()), None, 0, "given")
+    )
+    # Every program adds up the weights of its sequence: no sequence is long enough for a launch.
+    inline = reduce == "mean" and query_weight is not None
+    weight_strides = (0, *_strides(query_weight, 1))
+    return _columns(p, t, stats, query_weight, weight_strides, inline, out, 1.0 / heads, reduce)

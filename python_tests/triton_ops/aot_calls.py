@@ -36,6 +36,19 @@ def _saliency(
     return call
 
 
+def _packed(rows: int, width: int, **options: Any) -> Callable[[], object]:
+    def call() -> object:
+        from consensusdrop_kernels.triton.attention_saliency import attention_saliency_varlen
+
+        q = meta(4096, 16, width, dtype=BF16)
+        starts = meta(4096 // rows + 1, dtype=torch.int32)
+        made = {"lse": lambda: meta(16, 4096), "query_weight": lambda: meta(4096)}
+        given = {name: made[name]() if name in made else value for name, value in options.items()}
+        return attention_saliency_varlen(q, q, starts, rows, **given)
+
+    return call
+
+
 SALIENCY = {
     "CLS row": _saliency(16, 16, 1, 577, 64, prefix=1),
     "CLS row, d 72": _saliency(16, 16, 1, 729, 72, F16),
@@ -44,6 +57,9 @@ SALIENCY = {
     "8 text rows, max": _saliency(32, 32, 8, 2880, 128, query_weight=True, reduce="max"),
     "64 text rows": _saliency(32, 32, 64, 2880, 128, causal=True, query_weight=True),
     "few rows, d 256": _saliency(8, 4, 40, 576, 256),
+    "packed windows of 64": _packed(64, 80),
+    "packed, 1024, lse": _packed(1024, 80, lse=True),
+    "packed, 4096, weighted": _packed(4096, 64, query_weight=True, causal=True),
     "few rows, float32": _saliency(8, 4, 7, 576, 64, F32, query_weight=True, key_valid=True),
     "square, d 64": _saliency(16, 16, 576, 576, 64),
     "square, d 64, max": _saliency(16, 16, 576, 576, 64, reduce="max", key_valid=True),

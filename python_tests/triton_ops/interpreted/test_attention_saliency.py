@@ -7,10 +7,21 @@ import math
 
 import pytest
 import torch
-from ops.cases import LAYOUTS, Args, generator, random_lse, random_mask, saliency_case
+from ops.cases import (
+    LAYOUTS,
+    Args,
+    generator,
+    overload,
+    packed_case,
+    random_lse,
+    random_mask,
+    saliency_case,
+)
 from ops.checks import assert_bitwise, check_saliency
+from ops.checks_more import check_packed
 
 op = torch.ops.cdrop.attention_saliency
+packed = overload("attention_saliency.varlen")
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -150,6 +161,38 @@ def test_an_infinite_key(value):
     args["q"] = args["q"].abs()
     args["k"][0, 0, 4] = value
     assert check_saliency(op, args)[0, 4] == 0
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (5, 0, 0, 3), (64, 65), (130, 1, 31), (0, 70)])
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_lengths(lengths, reduce, causal):
+    check_packed(packed, packed_case(lengths, reduce=reduce, causal=causal))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_layouts(layout):
+    check_packed(packed, packed_case((20, 33, 7), 4, 2, 72, layout=layout))
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("given", [False, True])
+def test_packed_lse_and_weights(reduce, given):
+    weight = torch.rand(43, generator=generator(3))
+    weight[10:20] = 0
+    args = packed_case((10, 10, 0, 23), reduce=reduce, scale=0.2, query_weight=weight)
+    if given:
+        args["lse"] = torch.rand(4, 43, generator=generator(4)) + 4
+    assert not check_packed(packed, args)[10:20].any()
+
+
+def test_packed_sequences_do_not_mix():
+    args = packed_case((9, 12, 30))
+    clean = check_packed(packed, args)
+    args["q"][10], args["k"][15] = math.nan, math.inf
+    out = packed(**args)
+    assert_bitwise(out[:9], clean[:9])
+    assert_bitwise(out[21:], clean[21:])
 
 
 def test_the_same_bits_again():
