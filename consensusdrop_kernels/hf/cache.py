@@ -189,6 +189,7 @@ def _check_continues(ok: bool) -> None:
         raise NotImplementedError(
             "these tokens do not continue the pruned cache: mask and positions must count the "
             "prompt before pruning and all tokens since (leave position_ids out to have them "
-            "counted); generate can't reuse such a cache for another turn, since it skips as many "
-            "tokens of the prompt as the cache has entries: start the turn without past_key_values"
+            "counted; for generate, pad prompts at the left). generate can't reuse such a cache "
+            "for another turn, since it skips as many tokens of the prompt as the cache has "
+            "entries: start the turn without past_key_values"
         )

@@ -137,6 +137,13 @@ def test_one_token_at_a_position_counted_in_the_cache(positions: str, padded: bo
         model(**step, position_ids=where[:, -1:], past_key_values=cache)
 
 
+def test_generation_after_padding_at_the_right() -> None:
+    """Stock `generate` only warns, and goes on at the position of the padding."""
+    model, inputs = random_llava(), batch(WORDS, prompt(6, 9), side="right")
+    with patch(model, METHOD), pytest.raises(NotImplementedError, match="pad prompts at the left"):
+        model.generate(**inputs, pixel_values=pixels(2), max_new_tokens=2)
+
+
 @torch.no_grad()
 def test_a_whole_mask_for_several_tokens() -> None:
     model, more = random_llava(), torch.tensor([[5, 6]])
