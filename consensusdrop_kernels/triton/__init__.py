@@ -23,6 +23,7 @@ OPS = {
     "consensus_select": "consensus_select",
     "token_merge": "token_merge",
     "select_merge": "select_merge",
+    "adaptive_split_select": "adaptive_split_select",
 }
 
 

@@ -131,6 +131,25 @@ MERGE = {
 }
 
 
+def _split(tokens: int, *, valid: bool = False) -> Callable[[], object]:
+    def call() -> object:
+        from consensusdrop_kernels.triton.adaptive_split_select import adaptive_split_select
+
+        return adaptive_split_select(
+            meta(2, tokens), meta(2, tokens), tokens // 4,
+            valid=meta(2, tokens, dtype=torch.bool) if valid else None,
+        )  # fmt: skip
+
+    return call
+
+
+SPLIT = {
+    "image": _split(576),
+    "4096 tokens": _split(4096, valid=True),
+    "video": _split(32768, valid=True),
+}
+
+
 def _flagship(tokens: int, keep: int, **options: Any) -> Callable[[], object]:
     def call() -> object:
         from consensusdrop_kernels.triton.select_merge import select_merge
@@ -154,6 +173,7 @@ OPS = {
     "consensus_select": SELECT,
     "token_merge": MERGE,
     "select_merge": FLAGSHIP,
+    "adaptive_split_select": SPLIT,
 }
 CALLS: dict[str, Callable[[], object]] = {
     f"{op}: {name}": call for op, calls in OPS.items() for name, call in calls.items()
