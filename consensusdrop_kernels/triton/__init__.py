@@ -24,6 +24,7 @@ OPS = {
     "token_merge": "token_merge",
     "select_merge": "select_merge",
     "adaptive_split_select": "adaptive_split_select",
+    "greedy_diverse_select": "greedy_diverse_select",
 }
 
 

@@ -150,6 +150,31 @@ SPLIT = {
 }
 
 
+def _diverse(
+    tokens: int, keep: int, width: int, objective: str, dtype: torch.dtype = BF16,
+    *, relevance: bool = False, valid: bool = False,
+) -> Callable[[], object]:  # fmt: skip
+    def call() -> object:
+        from consensusdrop_kernels.triton.greedy_diverse_select import greedy_diverse_select
+
+        return greedy_diverse_select(
+            meta(2, tokens, width, dtype=dtype), keep, objective=objective,
+            relevance=meta(2, tokens) if relevance else None,
+            valid=meta(2, tokens, dtype=torch.bool) if valid else None,
+        )  # fmt: skip
+
+    return call
+
+
+DIVERSE = {
+    "image": _diverse(576, 64, 1024, "maxmin"),
+    "tiles, relevance": _diverse(2880, 160, 4096, "maxmin", F16, relevance=True, valid=True),
+    "image, dpp": _diverse(576, 64, 1024, "dpp", relevance=True),
+    "narrow, dpp": _diverse(577, 64, 37, "dpp", F32, valid=True),
+    "narrow": _diverse(60, 9, 5, "maxmin", F32),
+}
+
+
 def _flagship(tokens: int, keep: int, **options: Any) -> Callable[[], object]:
     def call() -> object:
         from consensusdrop_kernels.triton.select_merge import select_merge
@@ -174,6 +199,7 @@ OPS = {
     "token_merge": MERGE,
     "select_merge": FLAGSHIP,
     "adaptive_split_select": SPLIT,
+    "greedy_diverse_select": DIVERSE,
 }
 CALLS: dict[str, Callable[[], object]] = {
     f"{op}: {name}": call for op, calls in OPS.items() for name, call in calls.items()
