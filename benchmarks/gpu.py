@@ -68,7 +68,7 @@ def parts(device: str, out: pathlib.Path) -> dict[str, tuple[list[str], int]]:
     python = sys.executable
     backend = "triton" if device == "cuda" else "cpu"
     small = ["--small", "--dtype", "float32"] if device == "cpu" else []
-    tests = [python, "-m", "pytest", "-q", "python_tests/ops", "python_tests/gpu"]
+    tests = [python, "-m", "pytest", "-q", "python_tests/ops", "python_tests/device"]
     return {
         "build": ([python, "setup.py", "build_ext", "--inplace"], 120),
         "tests": ([*tests, "-k", backend, "--maxfail", "50"], 200),
