@@ -25,6 +25,7 @@ OPS = {
     "select_merge": "select_merge",
     "adaptive_split_select": "adaptive_split_select",
     "greedy_diverse_select": "greedy_diverse_select",
+    "similarity_saliency": "similarity_saliency",
 }
 
 

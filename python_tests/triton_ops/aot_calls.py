@@ -175,6 +175,33 @@ DIVERSE = {
 }
 
 
+def _similarity(
+    rows: int, tokens: int, width: int, dtype: torch.dtype = BF16, reduce: str = "max",
+    *, valid: bool = False,
+) -> Callable[[], object]:  # fmt: skip
+    def call() -> object:
+        from consensusdrop_kernels.triton.similarity_saliency import similarity_saliency
+
+        masks = {
+            name: meta(2, n, dtype=torch.bool) if valid else None
+            for name, n in (("text_valid", rows), ("visual_valid", tokens))
+        }
+        return similarity_saliency(
+            meta(2, rows, width, dtype=dtype), meta(2, tokens, width, dtype=dtype), reduce=reduce,
+            **masks,
+        )  # fmt: skip
+
+    return call
+
+
+SIMILARITY = {
+    "image": _similarity(12, 576, 4096, valid=True),
+    "image, float16": _similarity(12, 576, 4096, F16, "mean"),
+    "tiles": _similarity(64, 2880, 4096, valid=True),
+    "float32": _similarity(40, 577, 37, F32, "mean", valid=True),
+}
+
+
 def _flagship(tokens: int, keep: int, **options: Any) -> Callable[[], object]:
     def call() -> object:
         from consensusdrop_kernels.triton.select_merge import select_merge
@@ -200,6 +227,7 @@ OPS = {
     "select_merge": FLAGSHIP,
     "adaptive_split_select": SPLIT,
     "greedy_diverse_select": DIVERSE,
+    "similarity_saliency": SIMILARITY,
 }
 CALLS: dict[str, Callable[[], object]] = {
     f"{op}: {name}": call for op, calls in OPS.items() for name, call in calls.items()
