@@ -89,46 +89,54 @@ CDROP_INLINE void stage_row(const T* from, int64_t width, float* to, int64_t uni
   }
 }
 
+constexpr int64_t kChunk = 128;  // units: a constant, so that one address reaches all keys
+
+// Products of one chunk of the units, `from` on, added to `sum`; see block_products.
+template <typename T>
+CDROP_INLINE void chunk_products(const AttentionTask& task, const T* k, int64_t j, const float* q,
+                                 int64_t from, int64_t units, Vec (&sum)[kLanes]) {
+  using Unit = typename UnitOf<T>::type;
+  typedef double Pairs __attribute__((vector_size(kLanes * 4)));
+  alignas(64) float tile[kLanes * kChunk];
+  const int64_t size = units - from < kChunk ? units - from : kChunk;
+  const int64_t left = task.width - from * Unit::kPer;
+  const int64_t width = left < kChunk * Unit::kPer ? left : kChunk * Unit::kPer;
+  for (int n = 0; n < kLanes; ++n) {
+    const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
+    const T* key = k + at * task.k_row_stride + from * Unit::kPer;
+    stage_row(key, width, tile + n * kChunk, size);
+  }
+  // The next kLanes keys are fetched meanwhile, line by line so that no burst fills the queues.
+  const char* ahead =
+      reinterpret_cast<const char*>(k + (j + kLanes) * task.k_row_stride) + from * 4;
+  const int64_t ahead_stride = task.k_row_stride * static_cast<int64_t>(sizeof(T));
+  constexpr int kPerTurn = kLanes < 8 ? 1 : kLanes / 8;  // a line is eight turns of 8 bytes
+  for (int64_t c = 0; c < size; c += 2) {
+    for (int n = 0; n < kPerTurn; ++n) {
+      __builtin_prefetch(ahead + (c / 2 % 8 * kPerTurn + n) * ahead_stride + c * 4);
+    }
+    const Vec rows = load(q + (from + c) * kRowBlock);
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes; ++n) {
+      double pair;
+      __builtin_memcpy(&pair, tile + n * kChunk + c, sizeof(pair));
+      sum[n] = Unit::multiply_add(sum[n], rows, reinterpret_cast<Vec>(pair - Pairs{}));
+    }
+  }
+}
+
 // s[r][j..j + kLanes) = <q[r], k[j]> for kRowBlock rows. `q` holds the rows side by side: lane
 // 2 r + e of vector c is unit 2 c + e of row r. A pair of a key's units is then one 64-bit
 // broadcast, and every lane of every product is needed.
 template <typename T>
 void block_products(const AttentionTask& task, const T* k, int64_t j, const float* q, float* s,
                     int64_t s_stride) {
-  using Unit = typename UnitOf<T>::type;
-  typedef double Pairs __attribute__((vector_size(kLanes * 4)));
-  constexpr int64_t kChunk = 128;  // units: a constant, so that one address reaches all keys
-  alignas(64) float tile[kLanes * kChunk];
-  const int64_t units = row_units(task.width, Unit::kPer);
-  Vec total[kLanes] = {};  // long rows are summed chunk by chunk, which rounds less
-  for (int64_t from = 0; from < units; from += kChunk) {
-    Vec sum[kLanes] = {};
-    const int64_t size = units - from < kChunk ? units - from : kChunk;
-    const int64_t left = task.width - from * Unit::kPer;
-    const int64_t width = left < kChunk * Unit::kPer ? left : kChunk * Unit::kPer;
-    for (int n = 0; n < kLanes; ++n) {
-      const int64_t at = j + n < task.keys ? j + n : task.keys - 1;
-      const T* key = k + at * task.k_row_stride + from * Unit::kPer;
-      stage_row(key, width, tile + n * kChunk, size);
-    }
-    // The next kLanes keys are fetched meanwhile, line by line so that no burst fills the queues.
-    const char* ahead =
-        reinterpret_cast<const char*>(k + (j + kLanes) * task.k_row_stride) + from * 4;
-    const int64_t ahead_stride = task.k_row_stride * static_cast<int64_t>(sizeof(T));
-    constexpr int kPerTurn = kLanes < 8 ? 1 : kLanes / 8;  // a line is eight turns of 8 bytes
-    for (int64_t c = 0; c < size; c += 2) {
-      for (int n = 0; n < kPerTurn; ++n) {
-        __builtin_prefetch(ahead + (c / 2 % 8 * kPerTurn + n) * ahead_stride + c * 4);
-      }
-      const Vec rows = load(q + (from + c) * kRowBlock);
-#pragma GCC unroll 16
-      for (int n = 0; n < kLanes; ++n) {
-        double pair;
-        __builtin_memcpy(&pair, tile + n * kChunk + c, sizeof(pair));
-        sum[n] = Unit::multiply_add(sum[n], rows, reinterpret_cast<Vec>(pair - Pairs{}));
-      }
-    }
-#pragma GCC unroll 16
+  const int64_t units = row_units(task.width, UnitOf<T>::type::kPer);
+  Vec total[kLanes] = {};
+  chunk_products(task, k, j, q, 0, units, total);
+  for (int64_t from = kChunk; from < units; from += kChunk) {
+    Vec sum[kLanes] = {};  // long rows are summed chunk by chunk, which rounds less
+    chunk_products(task, k, j, q, from, units, sum);
     for (int n = 0; n < kLanes; ++n) total[n] += sum[n];
   }
   // Lane 2 r + e of total[n]: add up e, then bring each row's keys together.
