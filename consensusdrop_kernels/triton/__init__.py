@@ -36,6 +36,7 @@ def interpreted() -> bool:
 
 @functools.cache
 def installed() -> bool:
+    """Whether the package triton is there; it is not imported to see."""
     return importlib.util.find_spec("triton") is not None
 
 
