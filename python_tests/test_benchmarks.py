@@ -38,9 +38,10 @@ def test_rows_hold_what_they_should(tmp_path):
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_cases
     import gpu_ops
 
-    case = next(gpu_ops.merge_cases("cpu", torch.float32, small=True))
+    case = next(gpu_cases.merge_cases("cpu", torch.float32, small=True))
     inputs = case.make()
     gpu_ops.check(case, inputs)
     calls = iter(range(2))
@@ -49,9 +50,25 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         tokens, assign, size = case.ours(i)
         return (tokens * 2 if next(calls) == 0 else tokens), assign, size
 
-    broken = gpu_ops.Case("token_merge", "", case.make, wrong_the_first_time, {})
+    broken = gpu_cases.Case("token_merge", "", case.make, wrong_the_first_time, {})
     with pytest.raises(AssertionError, match="relative error"):
         gpu_ops.check(broken, inputs)
+
+
+@pytest.mark.parametrize(
+    "kind", ["saliency", "select", "merge", "varlen", "similarity", "split", "greedy"]
+)
+def test_a_baseline_computes_the_same_thing(monkeypatch, kind):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_cases
+
+    torch.manual_seed(0)
+    case = next(gpu_cases.CASES[kind]("cpu", torch.float32, small=True))
+    inputs = case.make()
+    ours = case.ours(inputs)
+    ours = ours[0] if isinstance(ours, tuple) else ours
+    plain = next(call for name, call in case.baselines.items() if name.startswith("plain"))
+    torch.testing.assert_close(plain(inputs), ours, rtol=2e-4, atol=1e-6)
 
 
 def test_the_profile_target_runs_every_op():
@@ -75,7 +92,7 @@ def test_a_failing_part_is_reported_and_the_next_still_runs(tmp_path, monkeypatc
         "tests": ([sys.executable, "-c", "import time; time.sleep(30)"], 1),
         "bench": ([sys.executable, "-c", "print('fine')"], 20),
     }
-    monkeypatch.setattr(gpu, "parts", lambda device, out: commands)
+    monkeypatch.setattr(gpu, "parts", lambda device, out, chosen: commands)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--results", str(tmp_path)])
     assert gpu.main() == 1
     (summary,) = tmp_path.glob("*/summary.json")

@@ -31,11 +31,27 @@ def calls(batch: int, tokens: int, width: int, keep: int, rows: int, device: str
     visual, textual = torch.rand(2, batch, tokens, device=device)
     index = torch.rand(batch, tokens, device=device).topk(keep).indices.sort(dim=1).values
     valid = torch.rand(batch, tokens, device=device) < 0.9
+    packed = k_vis[:, :, :tokens].transpose(1, 2).reshape(batch * tokens, 16, 64)
+    ends = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device)
     table: dict[str, Callable[[], Any]] = {
         "attention_saliency": lambda: ops.attention_saliency(q_txt, k_txt, reduce="max"),
         "attention_saliency_square": lambda: ops.attention_saliency(k_vis, k_vis, causal=True),
+        "attention_saliency.varlen": lambda: ops.attention_saliency.varlen(
+            packed, packed, ends, tokens
+        ),
+        "similarity_saliency": lambda: ops.similarity_saliency(x[:, :rows], x),
+        "adaptive_split_select": lambda: ops.adaptive_split_select(
+            visual, textual, keep, valid=valid
+        ),
+        "greedy_diverse_select": lambda: ops.greedy_diverse_select(
+            x, keep, relevance=visual, objective="dpp"
+        ),
+        "greedy_diverse_select_maxmin": lambda: ops.greedy_diverse_select(x, keep, valid=valid),
         "consensus_select": lambda: ops.consensus_select(visual, textual, keep, valid=valid),
         "token_merge": lambda: ops.token_merge(x, x[..., :64], index),
+        "token_merge_contextual": lambda: ops.token_merge(
+            x, x[..., :64], index, contextual=8, weight=visual
+        ),
         "select_merge": lambda: ops.select_merge(
             x, q_vis, k_vis, q_txt, k_txt, keep=keep, prefix=1, txt_reduce="max"
         ),

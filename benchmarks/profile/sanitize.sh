@@ -1,19 +1,33 @@
 #!/usr/bin/env bash
-# Run every op once under each of compute-sanitizer's tools; the exit code is 1 if any found an error.
-# Tools can be named: sanitize.sh memcheck racecheck
+# Run every op once under each of compute-sanitizer's tools, side by side; the exit code is 1 if any
+# found an error. Tools can be named: sanitize.sh memcheck racecheck
 set -uo pipefail
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-80}
 if ! command -v compute-sanitizer >/dev/null; then
   echo "compute-sanitizer is not on the PATH: nothing was checked"
   exit 3
 fi
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+"$PYTHON" profile_target.py --once || exit 1  # compiles the Triton kernels, once for all tools
 # Each tensor its own allocation, so that a step past its end is a step into nothing.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+tools=(${*:-memcheck racecheck synccheck initcheck})
+for tool in "${tools[@]}"; do
+  (
+    timeout "$LIMIT" compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 \
+      "$PYTHON" profile_target.py --once >"$logs/$tool.log" 2>&1
+    echo $? >"$logs/$tool.rc"
+  ) &
+done
+wait
 failed=0
-for tool in ${*:-memcheck racecheck synccheck initcheck}; do
-  echo "--- $tool"
-  timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 \
-    "$PYTHON" profile_target.py --once || failed=1
+for tool in "${tools[@]}"; do
+  code=$(cat "$logs/$tool.rc")
+  echo "--- $tool: exit code $code$([ "$code" = 124 ] && echo " (over $LIMIT s)")"
+  tail -n 40 "$logs/$tool.log"
+  [ "$code" = 0 ] || failed=1
 done
 exit $failed

@@ -49,11 +49,37 @@ def merge(i: tuple[torch.Tensor, ...]) -> Any:
     return ops.token_merge(i[0], i[0][..., :64], index, contextual=8)
 
 
+def packed(i: tuple[torch.Tensor, ...]) -> Any:
+    rows = i[4].transpose(1, 2).reshape(3 * 576, 8, 80)
+    ends = torch.arange(0, 3 * 576 + 1, 64, dtype=torch.int32, device="cuda")
+    return ops.attention_saliency.varlen(rows, rows, ends, 64)
+
+
+def similarity(i: tuple[torch.Tensor, ...]) -> Any:
+    return ops.similarity_saliency(i[0][:, :20], i[0])
+
+
+def split(i: tuple[torch.Tensor, ...]) -> Any:
+    return ops.adaptive_split_select(i[0][..., 0].float(), i[0][..., 1].float(), 64)
+
+
+def diverse(i: tuple[torch.Tensor, ...]) -> Any:
+    return ops.greedy_diverse_select(i[0][..., :200], 48)
+
+
+def long_select(i: tuple[torch.Tensor, ...]) -> Any:
+    scores = i[0].float().flatten(1)[:, :9000]
+    return ops.consensus_select(scores, scores.flip(1), 1000)
+
+
 def fused(i: tuple[torch.Tensor, ...]) -> Any:
     return ops.select_merge(*i, keep=64, prefix=1)
 
 
-CALLS = pytest.mark.parametrize("call", [saliency, square, select, merge, fused])
+CALLS = pytest.mark.parametrize(
+    "call",
+    [saliency, square, packed, similarity, select, long_select, split, diverse, merge, fused],
+)
 
 
 def flat(out: Any) -> tuple[torch.Tensor, ...]:
