@@ -270,51 +270,108 @@ def _token_merge_bound_kernel(
     tl.store(bound_ptr + b * (slots + 1) + slot, low, mask=slot <= slots)
 
 
+@triton.jit
+def _weigh(
+    weight_ptr, member_ptr, begin, end, own_weight, stride_wn,
+    HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one slot: the sum of the weights that joined it, and the largest weight in it."""
+    joined = (end - begin).to(tl.float32)
+    largest = own_weight
+    if HAS_WEIGHT:
+        joined = tl.full([], 0.0, tl.float32)
+        for start in range(begin, end, BLOCK):
+            line = start + tl.arange(0, BLOCK)
+            token = tl.load(member_ptr + line, mask=line < end, other=0).to(tl.int64)
+            weight = tl.load(weight_ptr + token * stride_wn, mask=line < end, other=0.0)
+            joined += tl.sum(weight, 0)
+            largest = tl.maximum(largest, tl.max(weight, 0))
+    return joined, tl.where(largest > 0, largest, 1.0)
+
+
+@triton.jit
+def _joined_rows(
+    x_at, weight_ptr, member_ptr, line, end, in_width, largest, stride_xn, stride_wn,
+    HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Rows of some tokens of a list, times their weights, and those weights."""
+    here = line < end
+    token = tl.load(member_ptr + line, mask=here, other=0).to(tl.int64)
+    weight = here.to(tl.float32)
+    if HAS_WEIGHT:  # a token that weighs nothing is not read: it may be NaN
+        weight = tl.load(weight_ptr + token * stride_wn, mask=here, other=0.0)
+        here = weight > 0
+        weight = tl.div_rn(weight, tl.zeros(weight.shape, tl.float32) + largest)
+    at = x_at[None, :] + token[:, None] * stride_xn
+    rows = tl.load(at, mask=here[:, None] & in_width[None, :], other=0.0).to(tl.float32)
+    return rows * weight[:, None], weight
+
+
 @triton.jit(
-    do_not_specialize=["stride_wb", "stride_wn", "tokens", "slots", "blend"],
+    do_not_specialize=["stride_wb", "stride_wn", "tokens", "slots", "stretches", "blend"],
 )
 def _token_merge_mean_kernel(
     x_ptr, weight_ptr, own_ptr, member_ptr, bound_ptr, out_ptr, size_ptr,
-    stride_xb, stride_xn, stride_xd, stride_wb, stride_wn, tokens, slots, width, blend,
-    HAS_WEIGHT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_xb, stride_xn, stride_xd, stride_wb, stride_wn, tokens, slots, stretches, width, blend,
+    HAS_WEIGHT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one slot: its own token and those that joined it, in ascending order."""
-    slot = tl.program_id(0)
-    b = tl.program_id(2).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """A stretch of columns of one slot: its own token and those that joined it.
+
+    Row r of the accumulator adds up every `BLOCK_R`-th token of the list, in ascending order. Long
+    lists go `BLOCKS` blocks at a time, so that many loads are under way at once. Weights count
+    against the largest of their slot, so that no sum of them overflows or vanishes.
+    """
+    slot = tl.program_id(0) // stretches
+    stretch = tl.program_id(0) % stretches
+    b = tl.program_id(1).to(tl.int64)
+    column = stretch * BLOCK_D + tl.arange(0, BLOCK_D)
     in_width = column < width
     x_at = x_ptr + b * stride_xb + column.to(tl.int64) * stride_xd
     weight_ptr += b * stride_wb
+    member_ptr += b * tokens
     own = tl.load(own_ptr + b * slots + slot)
     there = own >= 0
     own_x = tl.load(x_at + own * stride_xn, mask=in_width & there, other=0.0)  # [BLOCK_D]
     own_weight = there.to(tl.float32)
     if HAS_WEIGHT:
         own_weight = tl.load(weight_ptr + own * stride_wn, mask=there, other=0.0)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    joined = 0.0
     bound_ptr += b * (slots + 1) + slot
+    begin = tl.load(bound_ptr)
     end = tl.load(bound_ptr + 1)
-    for start in range(tl.load(bound_ptr), end, BLOCK_R):
+    joined, largest = _weigh(
+        weight_ptr, member_ptr, begin, end, own_weight, stride_wn, HAS_WEIGHT, 128
+    )
+    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    shares = tl.zeros([BLOCK_R], tl.float32)
+    STEP: tl.constexpr = BLOCKS * BLOCK_R
+    whole_steps = begin + (end - begin) // STEP * STEP
+    for start in range(begin, whole_steps, STEP):
+        for block in tl.static_range(BLOCKS):
+            line = start + block * BLOCK_R + tl.arange(0, BLOCK_R)
+            rows, weight = _joined_rows(
+                x_at, weight_ptr, member_ptr, line, end, in_width, largest, stride_xn, stride_wn,
+                HAS_WEIGHT,
+            )  # fmt: skip
+            total += rows
+            shares += weight
+    for start in range(whole_steps, end, BLOCK_R):
         line = start + tl.arange(0, BLOCK_R)
-        here = line < end
-        token = tl.load(member_ptr + b * tokens + line, mask=here, other=0).to(tl.int64)
-        weight = here.to(tl.float32)
-        if HAS_WEIGHT:  # a token that weighs nothing is not read: it may be NaN
-            weight = tl.load(weight_ptr + token * stride_wn, mask=here, other=0.0)
-        mask = (weight > 0)[:, None] & in_width[None, :]
-        at = x_at[None, :] + token[:, None] * stride_xn
-        rows = tl.load(at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
-        total += tl.sum(rows * weight[:, None], 0)
-        joined += tl.sum(weight, 0)
-    pull = blend * joined
-    own_part = tl.where(own_weight > 0, own_weight * own_x.to(tl.float32), 0.0)
-    whole = tl.where(pull == 0, 1.0, own_weight + pull)
-    mean = tl.div_rn(own_part + blend * total, tl.zeros([BLOCK_D], tl.float32) + whole)
+        rows, weight = _joined_rows(
+            x_at, weight_ptr, member_ptr, line, end, in_width, largest, stride_xn, stride_wn,
+            HAS_WEIGHT,
+        )  # fmt: skip
+        total += rows
+        shares += weight
+    own_share = tl.div_rn(own_weight, largest) if HAS_WEIGHT else own_weight
+    pull = blend * (tl.sum(shares, 0) if HAS_WEIGHT else joined)
+    own_part = tl.where(own_share > 0, own_share * own_x.to(tl.float32), 0.0)
+    whole = tl.where(pull == 0, 1.0, own_share + pull)
+    mean = own_part + blend * tl.sum(total, 0)
+    mean = tl.div_rn(mean, tl.zeros([BLOCK_D], tl.float32) + whole)
     # A slot that nothing was added to is its own token, bit for bit.
     out = tl.where(pull == 0, own_x, mean.to(own_x.dtype))
     tl.store(out_ptr + (b * slots + slot) * width + column, out, mask=in_width)
-    if tl.program_id(1) == 0:
+    if stretch == 0:
         tl.store(size_ptr + b * slots + slot, own_weight + joined)
 
 
@@ -409,11 +466,12 @@ def merge(
     member, bound = _lists(places, found, slots)
     tokens = torch.empty((batch, slots, width), dtype=x.dtype, device=x.device)
     size = torch.empty((batch, slots), dtype=torch.float32, device=x.device)
-    block_d = min(512, max(16, triton.next_power_of_2(width)))
-    _token_merge_mean_kernel[(slots, max(1, triton.cdiv(width, block_d)), batch)](
+    block_d = min(256, max(16, triton.next_power_of_2(width)))
+    stretches = max(1, triton.cdiv(width, block_d))
+    _token_merge_mean_kernel[(slots * stretches, batch)](
         x, size if weight is None else weight, own, member, bound, tokens, size, *x.stride(),
-        *pair_strides(weight), count, slots, width, blend, HAS_WEIGHT=weight is not None,
-        BLOCK_R=8, BLOCK_D=block_d, num_warps=4,
+        *pair_strides(weight), count, slots, stretches, width, blend, HAS_WEIGHT=weight is not None,
+        BLOCK_R=8, BLOCK_D=block_d, BLOCKS=4 if weight is None else 2, num_warps=2,
     )  # fmt: skip
     return tokens, size
 

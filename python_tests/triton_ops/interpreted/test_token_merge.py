@@ -119,6 +119,28 @@ def test_weights_and_blend(blend, contextual):
         assert_bitwise(tokens[b, :9], args["x"][b, args["index"][b]])
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 3e38])
+@pytest.mark.parametrize("blend", [0.5, 1.0])
+def test_weights_count_against_each_other_only(size, blend):
+    args = merge_case(2, 40, 5, blend=blend)
+    want = op(**args, weight=torch.ones(2, 40))
+    got = op(**args, weight=torch.full((2, 40), size))
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("lists")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("joining", [7, 8, 9, 15, 16, 17, 31, 32, 33, 100])
+def test_everyone_joins_one_slot(joining, weighted):
+    """Lists around every number of blocks that one step takes."""
+    args = merge_case(1, joining + 3, 3, 300)
+    args["metric"] = torch.ones(1, joining + 3, 5)
+    if weighted:
+        args["weight"] = weights((1, joining + 3))
+    _, assign, _ = check_merge(op, args)
+    assert (assign == 0).sum() == joining + 1
+
+
 @pytest.mark.parametrize("contextual", [0, 4])
 def test_invalid_tokens_do_not_take_part(contextual):
     args = merge_case(3, 40, 8, contextual=contextual)
@@ -200,8 +222,10 @@ def test_the_same_bits_again():
 PLAIN = merge_case(1, 70, 40)
 EQUAL = {**merge_case(1, 70, 40), "metric": torch.ones(1, 70, 7)}
 FEW = merge_case(1, 70, 4)
+ONE_LIST = {**FEW, "metric": torch.ones(1, 70, 7)}
 EXTRA = merge_case(1, 70, 9, contextual=6)
 WEIGHTED = {**merge_case(1, 40, 8), "weight": weights((1, 40))}
+FAINT = {**WEIGHTED, "weight": WEIGHTED["weight"] * 1e-43}
 WIDE = merge_case(1, 70, 20, 40, 100)
 LONG = merge_case(1, 40, 9, 40, 1031)
 LONG["metric"][:, :, 1024:] *= 100
@@ -233,17 +257,20 @@ MISTAKES: dict[str, tuple[str, str, str, Args]] = {
     ),
     "the threshold is forgotten": ("token_merge", "(best >= threshold)", "(best >= -1.0)",
                                    {**FEW, "threshold": 0.3}),
-    "a sum for the mean": ("token_merge", "own_weight + pull)", "1.0)", FEW),
-    "only one block of a list": ("token_merge", "tl.load(bound_ptr), end, BLOCK_R",
-                                 "tl.load(bound_ptr), tl.minimum(end, tl.load(bound_ptr) + 8), 8",
-                                 FEW),
-    "the blend is forgotten": ("token_merge", "pull = blend * joined", "pull = joined",
+    "a sum for the mean": ("token_merge", "own_share + pull)", "1.0)", FEW),
+    "only one block of a list": ("token_merge", "range(whole_steps, end, BLOCK_R)",
+                                 "range(whole_steps, tl.minimum(end, whole_steps + 8), 8)", FEW),
+    "a long list has only its rest": ("token_merge", "range(begin, whole_steps, STEP)",
+                                      "range(begin, begin, STEP)", ONE_LIST),
+    "the blend is forgotten": ("token_merge", "pull = blend * (", "pull = (",
                                {**FEW, "blend": 0.5}),
     "the size is blended": ("token_merge", "own_weight + joined)", "own_weight + pull)",
                             {**FEW, "blend": 0.5}),
     "weights are not looked at": ("token_merge", "rows * weight[:, None]", "rows", WEIGHTED),
-    "a list loses its first token": ("token_merge", "range(tl.load(bound_ptr), end",
-                                     "range(tl.load(bound_ptr) + 1, end", FEW),
+    "a list loses its first token": ("token_merge", "begin = tl.load(bound_ptr)",
+                                     "begin = tl.load(bound_ptr) + 1", FEW),
+    "weights are not scaled first": ("token_merge", "tl.where(largest > 0, largest, 1.0)", "1.0",
+                                     FAINT),
     "a reference is in the wrong slot": (
         "_places", "slot = tl.where(reference, keep + before, slot)",
         "slot = tl.where(reference, before, slot)", EXTRA
