@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,9 @@ class Tiles(NamedTuple):
     stages: int
 
     def registers(self) -> dict[str, int]:
-        """A limit that four warps never need: without one, ptxas spills a register or two of
-        these kernels to keep more of them resident than there are programs."""
-        return {"maxnreg": 128} if self.warps == 4 and torch.version.hip is None else {}
+        """A limit that blocks of 64 keys never need: without one, ptxas spills a register or two
+        of these kernels to keep more of them resident than there are programs."""
+        return {"maxnreg": 128} if self.block_n == 64 and torch.version.hip is None else {}
 
 
 def tiles(rows: int, group: int, width: int, dtype: torch.dtype) -> Tiles:
@@ -53,6 +54,17 @@ def tiles(rows: int, group: int, width: int, dtype: torch.dtype) -> Tiles:
     return Tiles(heads, block_m, 128, padded, warps, 3 if padded <= 64 else 2)
 
 
+def in_units(strides: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], int]:
+    """The strides counted in the largest unit they share, 16 bytes at most, and its elements.
+
+    Triton tells multiples of 16 elements from all other strides, and loads 2 bytes at a time where
+    one is of the others: each head of 72, say, where 8 elements would do for the widest loads. The
+    unit is a constant of the kernel, so no stride need be, and lengths never make another kernel.
+    """
+    unit = math.gcd(*strides, 16 // dtype.itemsize)
+    return tuple(s // unit for s in strides), unit
+
+
 @functools.cache
 def wanted_programs(device: torch.device) -> int:
     """Programs that fill the device."""
@@ -69,7 +81,8 @@ class Problem(NamedTuple):
 
     q: Tensor
     k: Tensor
-    strides: tuple[int, ...]
+    strides: tuple[int, ...]  # in units
+    unit: int
     batch: int
     heads: int
     key_heads: int

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._saliency_plan import Problem, Tiles, tiles, wanted_programs
+from ._saliency_plan import Problem, Tiles, in_units, tiles, wanted_programs
 
 LOG2E = math.log2(math.e)
 #: Splits of the keys beyond which putting them together again costs more than it gains.
@@ -76,19 +76,22 @@ def _products(q, k, q_ptrs, q_there, k_ptrs, k_there, D: tl.constexpr, BLOCK_D: 
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "keys", "group", "chunks", "row_tiles", "splits", "keys_per_split", "scale2",
-        "stride_vb", "stride_vn", "stride_cu",
+        "rows", "lines", "keys", "group", "chunks", "row_tiles", "splits", "keys_per_split",
+        "scale2", "stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn",
+        "stride_vb", "stride_vn", "stride_cu", "key_heads",
     ]
 )  # fmt: skip
 def _attention_saliency_rows_kernel(
     q_ptr, k_ptr, valid_ptr, cu_ptr, max_ptr, sum_ptr, stride_cu,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vn,
-    key_heads, group, chunks, rows, row_tiles, keys, splits, keys_per_split, scale2,
-    CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    key_heads, group, chunks, rows, lines, row_tiles, keys, splits, keys_per_split, scale2,
+    CAUSAL: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Largest logit and sum of exponentials of each row over one split of the keys, to
-    [B, Hq, M, splits]; their base-2 log-sum-exp, to `max_ptr`, when there is one split."""
+    [B, Hq, M, splits], of packed sequences to [Hq, T, splits]; their base-2 log-sum-exp, to
+    `max_ptr`, when there is one split. A head has `lines` rows there. Strides of q and k are
+    counted in `UNIT` elements."""
     pid = tl.program_id(0)
     split = tl.program_id(1)
     m0 = (pid % row_tiles) * BLOCK_M
@@ -98,18 +101,17 @@ def _attention_saliency_rows_kernel(
     b = (pid // chunks // key_heads).to(tl.int64)
 
     first = key_head * group
-    line = b * key_heads * group * rows
-    all_rows = rows
+    line = b * key_heads * group * lines
     if cu_ptr is not None:
-        at, rows = _sequence(cu_ptr, b, stride_cu)
+        line, rows = _sequence(cu_ptr, b, stride_cu)
         keys = rows
-        q_ptr += at * stride_qm
-        k_ptr += at * stride_kn
+        q_ptr += line * stride_qm * UNIT
+        k_ptr += line * stride_kn * UNIT
     head, m, there = _tile_rows(
         first + chunk * HEADS, first + group, m0, rows, HEADS, BLOCK_M
     )  # [R]
-    q_ptrs = q_ptr + b * stride_qb + head * stride_qh + m.to(tl.int64) * stride_qm
-    k_ptr += b * stride_kb + key_head * stride_kh
+    q_ptrs = q_ptr + (b * stride_qb + head * stride_qh + m.to(tl.int64) * stride_qm) * UNIT
+    k_ptr += (b * stride_kb + key_head * stride_kh) * UNIT
     q = _load_block(q_ptrs, there, 0, D, BLOCK_D)  # [R, BLOCK_D]
 
     start = split * keys_per_split
@@ -121,7 +123,7 @@ def _attention_saliency_rows_kernel(
     for n0 in range(start, end, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         inside = n < end
-        k_ptrs = k_ptr + n.to(tl.int64) * stride_kn
+        k_ptrs = k_ptr + n.to(tl.int64) * stride_kn * UNIT
         s = _products(q, None, q_ptrs, there, k_ptrs, inside, D, BLOCK_D) * scale2  # [R, BLOCK_N]
         seen = inside
         if valid_ptr is not None:
@@ -139,7 +141,7 @@ def _attention_saliency_rows_kernel(
         total += tl.sum(tl.exp2(s - shift[:, None]), 1)
         top = new_top
 
-    line = (line + head * all_rows + m) * splits + split
+    line = (line + head * lines + m) * splits + split
     if sum_ptr is None:
         tl.store(max_ptr + line, _finite_or_zero(top) + tl.log2(total), mask=there)
     else:
@@ -190,8 +192,9 @@ def _weight_sum(weight_ptr, rows, stride_wm, BLOCK_M: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "rows", "keys", "prefix", "group", "chunks", "chunks_per_part", "splits", "tokens",
-        "scale2", "out_scale", "stride_vb", "stride_vn", "stride_wb", "stride_wm", "stride_lb",
-        "stride_lh", "stride_lm", "key_heads", "parts", "token_blocks", "stride_cu",
+        "scale2", "out_scale", "stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh",
+        "stride_kn", "stride_vb", "stride_vn", "stride_wb", "stride_wm", "stride_lb", "stride_lh",
+        "stride_lm", "key_heads", "parts", "token_blocks", "stride_cu",
     ]
 )  # fmt: skip
 def _attention_saliency_columns_kernel(
@@ -201,8 +204,8 @@ def _attention_saliency_columns_kernel(
     key_heads, group, chunks, chunks_per_part, parts, rows, keys, prefix, tokens, token_blocks,
     splits, scale2, out_scale,
     MAX: tl.constexpr, CAUSAL: tl.constexpr, LSE: tl.constexpr, INLINE: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What one part of the heads gives to one block of keys, to [B, Hk * parts, N]."""
     pid = tl.program_id(0)
@@ -218,20 +221,21 @@ def _attention_saliency_columns_kernel(
         out_ptr += at - b * key_heads * parts * tokens
         keys = rows
         tokens = rows
-        q_ptr += at * stride_qm
-        k_ptr += at * stride_kn
+        q_ptr += at * stride_qm * UNIT
+        k_ptr += at * stride_kn * UNIT
         if weight_ptr is not None:
             weight_ptr += at * stride_wm
         elif not MAX:
             out_scale = out_scale / tl.maximum(rows, 1)
-        if LSE == "given":
-            lse_ptr += at * stride_lm
+        lse_ptr += at * stride_lm
+        if sum_ptr is not None:
+            sum_ptr += at * stride_lm
     inside = n < tokens
     key = n + prefix
-    k_ptr += b * stride_kb + key_head.to(tl.int64) * stride_kh
-    k_ptrs = k_ptr + key.to(tl.int64) * stride_kn
+    k_ptr += (b * stride_kb + key_head.to(tl.int64) * stride_kh) * UNIT
+    k_ptrs = k_ptr + key.to(tl.int64) * stride_kn * UNIT
     k = _load_block(k_ptrs, inside, 0, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    q_ptr += b * stride_qb
+    q_ptr += b * stride_qb * UNIT
     if weight_ptr is not None:
         weight_ptr += b * stride_wb
         if INLINE:
@@ -253,7 +257,8 @@ def _attention_saliency_columns_kernel(
             head, m, there = _tile_rows(
                 first + chunk * HEADS, first + group, m0, rows, HEADS, BLOCK_M
             )  # [R]
-            q_ptrs = q_ptr + head.to(tl.int64) * stride_qh + m.to(tl.int64) * stride_qm
+            q_at = head.to(tl.int64) * stride_qh + m.to(tl.int64) * stride_qm
+            q_ptrs = q_ptr + q_at * UNIT
             line = b * stride_lb + head.to(tl.int64) * stride_lh + m.to(tl.int64) * stride_lm
             shift = _row_shift(lse_ptr, sum_ptr, line, there, splits, LSE, HEADS * BLOCK_M)
             if weight_ptr is not None:
@@ -289,18 +294,23 @@ def _attention_saliency_columns_kernel(
     tl.store(out_ptr + n, out, mask=inside)
 
 
-@triton.jit(do_not_specialize=["parts", "tokens"])
-def _attention_saliency_sum_kernel(part_ptr, out_ptr, parts, tokens, BLOCK_N: tl.constexpr):
-    """Adds up [B, parts, N] over the parts, in order."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = tl.program_id(1).to(tl.int64)
+@triton.jit(do_not_specialize=["parts", "tokens", "token_blocks"])
+def _attention_saliency_sum_kernel(
+    part_ptr, out_ptr, parts, tokens, token_blocks, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Adds up [B, parts, N] over the parts, always in one order; many parts are on their way at
+    once, where one after the other would each cost the latency of the memory."""
+    pid = tl.program_id(0)
+    n = (pid % token_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = (pid // token_blocks).to(tl.int64)
     inside = n < tokens
-    part_ptr += b * parts * tokens + n
-    out = tl.zeros([BLOCK_N], tl.float32)
-    for _ in range(0, parts):
-        out += tl.load(part_ptr, mask=inside, other=0.0)
-        part_ptr += tokens
-    tl.store(out_ptr + b * tokens + n, out, mask=inside)
+    part_ptr += b * parts * tokens
+    total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    for first in range(0, parts, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        ptrs = part_ptr + part.to(tl.int64)[:, None] * tokens + n[None, :]
+        total += tl.load(ptrs, mask=(part < parts)[:, None] & inside[None, :], other=0.0)
+    tl.store(out_ptr + b * tokens + n, tl.sum(total, 0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "stride_wb", "stride_wm"])
@@ -340,17 +350,21 @@ def _row_statistics(p: Problem, t: Tiles) -> _Rows:
     splits = min(triton.cdiv(wanted_programs(p.q.device), programs), MAX_SPLITS, blocks)
     per_split = triton.cdiv(blocks, splits) * t.block_n
     splits = triton.cdiv(p.keys, per_split)
-    shape = (p.batch, p.heads, p.rows, splits)
+    # A packed row has its place among all T: the longest sequence must not cost memory in each.
+    lines = p.rows if p.cu is None else p.tokens
+    shape = (p.batch if p.cu is None else 1, p.heads, lines, splits)
     tops = torch.empty(shape, dtype=torch.float32, device=p.q.device)
     sums = torch.empty_like(tops) if splits > 1 else None
     _attention_saliency_rows_kernel[(programs, splits)](
         p.q, p.k, p.key_valid, p.cu, tops, sums, p.cu_stride, *p.strides,
-        *_strides(p.key_valid, 2), p.key_heads, group, chunks, p.rows, row_tiles, p.keys, splits,
-        per_split, p.scale2,
-        CAUSAL=p.causal, D=p.q.shape[-1], BLOCK_D=t.block_d, HEADS=t.heads, BLOCK_M=t.block_m,
-        BLOCK_N=t.block_n, num_warps=t.warps, num_stages=t.stages, **t.registers(),
+        *_strides(p.key_valid, 2), p.key_heads, group, chunks, p.rows, lines, row_tiles, p.keys,
+        splits, per_split, p.scale2,
+        CAUSAL=p.causal, UNIT=p.unit, D=p.q.shape[-1], BLOCK_D=t.block_d, HEADS=t.heads,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, num_warps=t.warps, num_stages=t.stages,
+        **t.registers(),
     )  # fmt: skip
-    return _Rows(tops, tops.stride()[:3], sums, splits, "whole" if splits == 1 else "split")
+    strides = (0 if p.cu is not None else tops.stride(0), *tops.stride()[1:3])
+    return _Rows(tops, strides, sums, splits, "whole" if splits == 1 else "split")
 
 
 def _shares(weight: Tensor) -> Tensor:
@@ -382,14 +396,14 @@ def _columns(
         *p.strides, *_strides(p.key_valid, 2), *weight_strides, *stats.strides, p.key_heads, group,
         chunks, per_part, parts, p.rows, p.keys, p.prefix, p.tokens, token_blocks, stats.splits,
         p.scale2, out_scale,
-        MAX=reduce == "max", CAUSAL=p.causal, LSE=stats.kind, INLINE=inline, D=p.q.shape[-1],
-        BLOCK_D=t.block_d, HEADS=t.heads, BLOCK_M=t.block_m, BLOCK_N=t.block_n,
+        MAX=reduce == "max", CAUSAL=p.causal, LSE=stats.kind, INLINE=inline, UNIT=p.unit,
+        D=p.q.shape[-1], BLOCK_D=t.block_d, HEADS=t.heads, BLOCK_M=t.block_m, BLOCK_N=t.block_n,
         num_warps=t.warps, num_stages=1 if p.rows <= t.block_m else t.stages, **t.registers(),
     )  # fmt: skip
     if pieces > 1:
-        grid = (triton.cdiv(p.tokens, 256), samples)
-        _attention_saliency_sum_kernel[grid](
-            partial, out, pieces, p.tokens, BLOCK_N=256, num_warps=4
+        blocks = triton.cdiv(p.tokens, 64)
+        _attention_saliency_sum_kernel[(blocks * samples,)](
+            partial, out, pieces, p.tokens, blocks, BLOCK_P=16, BLOCK_N=64, num_warps=4
         )
     return out
 
@@ -419,10 +433,10 @@ def attention_saliency(
         return out
     t = tiles(rows, group, width, q.dtype)
     scale2 = (width**-0.5 if scale is None else scale) * LOG2E
-    strides = (*q.stride()[:3], *k.stride()[:3])
+    strides, unit = in_units((*q.stride()[:3], *k.stride()[:3]), q.dtype)
     p = Problem(
-        q, k, strides, batch, heads, key_heads, rows, keys, tokens, prefix, key_valid, None, scale2,
-        causal,
+        q, k, strides, unit, batch, heads, key_heads, rows, keys, tokens, prefix, key_valid, None,
+        scale2, causal,
     )  # fmt: skip
     stats = _row_statistics(p, t) if lse is None else _Rows(lse, lse.stride(), None, 0, "given")
     out_scale = 1.0 / heads
@@ -455,14 +469,16 @@ def attention_saliency_varlen(
     total, heads, width = q.shape
     key_heads, batch = k.shape[1], cu_seqlens.shape[0] - 1
     out = torch.empty(total, dtype=torch.float32, device=q.device)
-    if total == 0:
-        return out
+    if total == 0 or batch == 0 or max_seqlen == 0:
+        return out.zero_()
     t = tiles(max_seqlen, heads // key_heads, width, q.dtype)
     scale2 = (width**-0.5 if scale is None else scale) * LOG2E
-    strides = (0, q.stride(1), q.stride(0), 0, k.stride(1), k.stride(0))
+    strides, unit = in_units(
+        (0, q.stride(1), q.stride(0), 0, k.stride(1), k.stride(0)), q.dtype
+    )  # fmt: skip
     p = Problem(
-        q, k, strides, batch, heads, key_heads, max_seqlen, max_seqlen, total, 0, None, cu_seqlens,
-        scale2, causal,
+        q, k, strides, unit, batch, heads, key_heads, max_seqlen, max_seqlen, total, 0, None,
+        cu_seqlens, scale2, causal,
     )  # fmt: skip
     stats = (
         _row_statistics(p, t) if lse is None else _Rows(lse, (0, *lse.stride()), None, 0, "given")

@@ -195,6 +195,20 @@ def test_packed_sequences_do_not_mix():
     assert_bitwise(out[21:], clean[21:])
 
 
+@pytest.mark.parametrize("groups", [15, 16, 17, 33])
+def test_parts_around_the_tiles(groups):
+    check_saliency(op, saliency_case(2, groups, groups, 1, 70, 16))
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 8, 12])
+def test_strides_of_every_unit(width):
+    """Rows that lie a prime number of units apart, so that no larger unit serves."""
+    args = saliency_case(1, 1, 1, 2, 40, width)
+    wide = torch.full((1, 1, 40, 7 * width), math.nan)
+    wide[..., :width] = args["k"]
+    check_saliency(op, {**args, "k": wide[..., :width]})
+
+
 def test_the_same_bits_again():
     args = saliency_case(2, 8, 2, 7, 129, 64, prefix=1)
     assert_bitwise(op(**args), op(**args))
@@ -237,7 +251,7 @@ MISTAKES: dict[str, tuple[str, str, Args]] = {
     "masked keys are returned": ("out = tl.where(seen, out, 0.0)", "out = out", MASKED),
     "rows weigh the same": ("shift - tl.log2(w)", "shift", WEIGHTED),
     "shares of another sum": ("tl.where(whole > 0.0, whole, 1.0)", "whole * 0.999", MANY_WEIGHTED),
-    "the last part is left out": ("range(0, parts)", "range(0, parts - 1)", GROUPED),
+    "the last part is left out": ("(part < parts)", "(part < parts - 1)", GROUPED),
     "a head of the next group": ("head = first_head + r", "head = first_head + 1 + r", GROUPED),
     "a sum for the maximum": ("tl.max(tl.reshape(acc", "tl.sum(tl.reshape(acc", MAXIMUM),
     "the lse is taken as base 2": (" * 1.4426950408889634", "", GIVEN),
