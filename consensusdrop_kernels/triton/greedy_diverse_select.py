@@ -112,18 +112,20 @@ def _greedy_diverse_select_start_kernel(
 @triton.jit
 def _products(
     x_ptr, last, token, tokens, stride_xn, stride_xf, width, BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    BLOCK_F: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Products of a block of tokens with the token `last`, float64."""
     rows = x_ptr + token.to(tl.int64) * stride_xn
     total = tl.zeros([BLOCK_N, BLOCK_F], tl.float64)
-    for f in range(0, width, BLOCK_F):
-        column = f + tl.arange(0, BLOCK_F)
-        step = column.to(tl.int64) * stride_xf
-        chosen = tl.load(x_ptr + last.to(tl.int64) * stride_xn + step, mask=column < width, other=0)
-        mask = (token < tokens)[:, None] & (column < width)[None, :]
-        v = tl.load(rows[:, None] + step[None, :], mask=mask, other=0.0)
-        total += v.to(tl.float64) * chosen.to(tl.float64)[None, :]
+    for f in range(0, width, CHUNKS * BLOCK_F):
+        for chunk in tl.static_range(CHUNKS):  # loads of all of them are under way at once
+            column = f + chunk * BLOCK_F + tl.arange(0, BLOCK_F)
+            step = column.to(tl.int64) * stride_xf
+            in_width = column < width
+            chosen = tl.load(x_ptr + last.to(tl.int64) * stride_xn + step, mask=in_width, other=0)
+            mask = (token < tokens)[:, None] & in_width[None, :]
+            v = tl.load(rows[:, None] + step[None, :], mask=mask, other=0.0)
+            total += v.to(tl.float64) * chosen.to(tl.float64)[None, :]
     return tl.sum(total, 1)
 
 
@@ -131,7 +133,7 @@ def _products(
 def _greedy_diverse_select_loop_kernel(
     x_ptr, square_ptr, state_ptr, score_ptr, value_ptr, row_ptr, index_ptr,
     stride_xb, stride_xn, stride_xf, tokens, width, keep,
-    DPP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    DPP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """All steps of one sample, and its tokens in ascending order.
 
@@ -171,8 +173,9 @@ def _greedy_diverse_select_loop_kernel(
             score = tl.load(score_ptr + token, mask=inside, other=0.0)
             if news != 0:
                 product = _products(
-                    x_ptr, last, token, tokens, stride_xn, stride_xf, width, BLOCK_N, BLOCK_F
-                )
+                    x_ptr, last, token, tokens, stride_xn, stride_xf, width, BLOCK_N, BLOCK_F,
+                    CHUNKS,
+                )  # fmt: skip
                 square = tl.load(square_ptr + token, mask=inside, other=0.0)
                 cosine = _cosine(product, square * last_square).to(tl.float64)
                 if DPP:
@@ -260,7 +263,12 @@ def greedy_diverse_select(
     rows = empty(torch.float32, keep) if dpp else value  # any pointer: not read
     block_f = max(16, min(64, triton.next_power_of_2(width)))
     # A wavefront sees its own writes in order; several would need a barrier that waits for them.
-    loop_f, loop_warps = (block_f, 8) if torch.version.hip is None else (16, 1)
+    if torch.version.hip is not None:
+        loop_f, chunks, loop_warps = 16, 1, 1
+    elif width > 64:
+        loop_f, chunks, loop_warps = 128, 2 if width > 128 else 1, 16
+    else:
+        loop_f, chunks, loop_warps = block_f, 1, 8
     blocks = triton.cdiv(tokens, BLOCK_N)
     _greedy_diverse_select_measure_kernel[(blocks, batch)](
         features, value if relevance is None else relevance, state if valid is None else valid,
@@ -275,6 +283,6 @@ def greedy_diverse_select(
         )  # fmt: skip
     _greedy_diverse_select_loop_kernel[(batch,)](
         features, square, state, score, value, rows, index, *features.stride(), tokens, width, keep,
-        DPP=dpp, BLOCK_N=BLOCK_N, BLOCK_F=loop_f, num_warps=loop_warps,
+        DPP=dpp, BLOCK_N=BLOCK_N, BLOCK_F=loop_f, CHUNKS=chunks, num_warps=loop_warps,
     )  # fmt: skip
     return index

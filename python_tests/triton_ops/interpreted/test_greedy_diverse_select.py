@@ -40,7 +40,7 @@ def test_layouts(objective, layout):
 
 
 @both
-@pytest.mark.parametrize("width", [1, 2, 16, 100])
+@pytest.mark.parametrize("width", [1, 2, 16, 65, 100, 128, 129, 256, 257, 600])
 def test_widths(objective, width):
     keep = 5 if objective == "maxmin" else min(width, 5)  # no further than the rank goes
     args = diverse_case(1, 40, keep, width, objective=objective)
@@ -149,6 +149,7 @@ def test_equals_the_definition(objective):
 
 
 PLAIN = diverse_case(1, 90, 6, 8)
+WIDE = diverse_case(1, 40, 6, 300)
 GIVEN = diverse_case(1, 90, 6, 8, relevance=worth(1, 90))
 DPP = diverse_case(1, 90, 7, 10, objective="dpp")
 DPP["features"] = DPP["features"].abs()  # all alike: what is left outside the span is little
@@ -173,6 +174,8 @@ MISTAKES: dict[str, tuple[str, str, Args]] = {
     "a row of the factor is left out": ("range(0, step - 1)", "range(1, step - 1)", DPP),
     "rows are not divided": ("cosine = cosine / tl.sqrt(residual)", "cosine = cosine", DPP),
     "relevance counts once": ("worth * worth * score", "worth * score", DPP_GIVEN),
+    "columns past the first are left out": ("range(0, width, CHUNKS * BLOCK_F)",
+                                            "range(0, BLOCK_F, CHUNKS * BLOCK_F)", WIDE),
     "lengths for cosines": ("square * last_square", "square * 0 + last_square", DPP),
 }  # fmt: skip
 
