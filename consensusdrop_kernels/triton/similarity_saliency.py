@@ -42,17 +42,18 @@ def _power(exponent):
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["stride_mb", "stride_mn", "count", "temperature"])
+@triton.jit(do_not_specialize=["stride_mb", "stride_mn", "count", "blocks", "temperature"])
 def _similarity_saliency_measure_kernel(
     x_ptr, valid_ptr, power_ptr, factor_ptr, stride_xb, stride_xn, stride_xf, stride_mb, stride_mn,
-    count, width, temperature,
+    count, blocks, width, temperature,
     HAS_VALID: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Of each row a power of two that brings its length near 1, so that no product overflows, and
     what is still to be multiplied: one over the length of the row so scaled. A zero vector has a
     factor of 0, one with NaN or infinity NaN. Without `SCALE` the power is 1."""
-    b = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = tl.program_id(0)
+    b = (pid // blocks).to(tl.int64)
+    row = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = _marked(valid_ptr + b * stride_mb, stride_mn, row, count, HAS_VALID)
     rows = x_ptr + b * stride_xb + row.to(tl.int64) * stride_xn
     total = tl.zeros([BLOCK_N, BLOCK_F], tl.float64)
@@ -103,20 +104,22 @@ def _logits(
 
 @triton.jit(
     do_not_specialize=[
-        "stride_mb", "stride_mn", "stride_wb", "stride_wt", "count", "tokens", "splits", "per_split"
+        "stride_mb", "stride_mn", "stride_wb", "stride_wt", "count", "row_tiles", "tokens",
+        "splits", "per_split",
     ]
 )  # fmt: skip
 def _similarity_saliency_rows_kernel(
     text_ptr, visual_ptr, text_valid_ptr, valid_ptr, text_power_ptr, text_factor_ptr, power_ptr,
     factor_ptr, top_ptr, sum_ptr, stride_tb, stride_tt, stride_tf, stride_vb, stride_vn, stride_vf,
-    stride_wb, stride_wt, stride_mb, stride_mn, count, tokens, width, splits, per_split,
+    stride_wb, stride_wt, stride_mb, stride_mn, count, row_tiles, tokens, width, splits, per_split,
     HAS_TEXT: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Largest logit and sum of exponentials of each row over one split, [B, T, splits]."""
-    b = tl.program_id(2).to(tl.int64)
-    split = tl.program_id(1)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    pid = tl.program_id(0)
+    t = (pid % row_tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
+    split = pid // row_tiles % splits
+    b = (pid // row_tiles // splits).to(tl.int64)
     here = _marked(text_valid_ptr + b * stride_wb, stride_wt, t, count, HAS_TEXT)
     text_power = tl.load(text_power_ptr + b * count + t, mask=here, other=1.0)
     text_factor = tl.load(text_factor_ptr + b * count + t, mask=here, other=0.0)
@@ -145,19 +148,20 @@ def _similarity_saliency_rows_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "stride_mb", "stride_mn", "stride_wb", "stride_wt", "count", "tokens", "splits",
+        "stride_mb", "stride_mn", "stride_wb", "stride_wt", "count", "tokens", "blocks", "splits",
     ]
 )  # fmt: skip
 def _similarity_saliency_columns_kernel(
     text_ptr, visual_ptr, text_valid_ptr, valid_ptr, text_power_ptr, text_factor_ptr, power_ptr,
     factor_ptr, top_ptr, sum_ptr, out_ptr, stride_tb, stride_tt, stride_tf, stride_vb, stride_vn,
-    stride_vf, stride_wb, stride_wt, stride_mb, stride_mn, count, tokens, width, splits,
+    stride_vf, stride_wb, stride_wt, stride_mb, stride_mn, count, tokens, blocks, width, splits,
     MAX: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """The maximum or mean over the rows, for one block of tokens."""
-    b = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = tl.program_id(0)
+    b = (pid // blocks).to(tl.int64)
+    n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = _marked(valid_ptr + b * stride_mb, stride_mn, n, tokens, HAS_VALID)
     power = tl.load(power_ptr + b * tokens + n, mask=there, other=1.0)
     factor = tl.load(factor_ptr + b * tokens + n, mask=there, other=0.0)
@@ -219,9 +223,10 @@ def similarity_saliency(
     powers, factors = (empty(count), empty(tokens)), (empty(count), empty(tokens))
     sides = ((text, text_valid, LOG2E / temperature), (visual, visual_valid, 1.0))
     for side, (x, valid, unit) in enumerate(sides):
-        _similarity_saliency_measure_kernel[(triton.cdiv(x.shape[1], 16), batch)](
+        pieces = triton.cdiv(x.shape[1], 16)
+        _similarity_saliency_measure_kernel[(pieces * batch,)](
             x, powers[side] if valid is None else valid, powers[side], factors[side], *x.stride(),
-            *pair_strides(valid), x.shape[1], width, unit, HAS_VALID=valid is not None,
+            *pair_strides(valid), x.shape[1], pieces, width, unit, HAS_VALID=valid is not None,
             # Half precision needs no scaling and has no room for it.
             SCALE=x.dtype != torch.float16, BLOCK_N=16, BLOCK_F=128, num_warps=4,
         )  # fmt: skip
@@ -234,21 +239,24 @@ def similarity_saliency(
                *pair_strides(visual_valid))  # fmt: skip
     read = (text, visual, *masks, powers[0], factors[0], powers[1], factors[1])
     # Float32 is multiplied without tensor cores, from registers, which few rows leave room for.
-    block_t = 16 if count <= 16 or text.dtype == torch.float32 else 32
+    single = text.dtype == torch.float32
+    block_t = 16 if count <= 16 or single else 32
     row_tiles, blocks = triton.cdiv(count, block_t), triton.cdiv(tokens, BLOCK_N)
     splits = min(triton.cdiv(wanted_programs(device), row_tiles * batch), MAX_SPLITS, blocks)
     per_split = triton.cdiv(blocks, splits) * BLOCK_N
     splits = triton.cdiv(tokens, per_split)
     tops, sums = empty(count, splits), empty(count, splits)
-    shape = {"BLOCK_T": block_t, "BLOCK_N": BLOCK_N, "BLOCK_F": 32}
-    shape["num_warps"] = 8 if text.dtype == torch.float32 else 4
-    if shape["num_warps"] == 4 and torch.version.hip is None:
-        shape["maxnreg"] = 168  # left to itself, ptxas spills to keep more programs resident
-    _similarity_saliency_rows_kernel[(row_tiles, splits, batch)](
-        *read, tops, sums, *strides, count, tokens, width, splits, per_split, **given, **shape
-    )
-    _similarity_saliency_columns_kernel[(blocks, batch)](
-        *read, tops, sums, out, *strides, count, tokens, width, splits, MAX=reduce == "max",
-        **given, **shape,
+    shape = {"BLOCK_T": block_t, "BLOCK_N": BLOCK_N, "BLOCK_F": 32 if single else 64}
+    shape["num_warps"] = 8 if single else 4
+    if not single and torch.version.hip is None:
+        # Left to itself, ptxas spills to keep more programs resident.
+        shape["maxnreg"] = 168 if block_t == 16 else 255
+    _similarity_saliency_rows_kernel[(row_tiles * splits * batch,)](
+        *read, tops, sums, *strides, count, row_tiles, tokens, width, splits, per_split, **given,
+        **shape,
+    )  # fmt: skip
+    _similarity_saliency_columns_kernel[(blocks * batch,)](
+        *read, tops, sums, out, *strides, count, tokens, blocks, width, splits,
+        MAX=reduce == "max", **given, **shape,
     )  # fmt: skip
     return out
