@@ -213,7 +213,9 @@ def _attention_saliency_columns_kernel(
     pid //= token_blocks
     part = pid % parts
     key_head = pid // parts % key_heads
-    b = (pid // parts // key_heads).to(tl.int64)
+    # The last sample first: its keys are what the first launch left in the cache.
+    batch = tl.num_programs(0) // token_blocks // parts // key_heads
+    b = (batch - 1 - pid // parts // key_heads).to(tl.int64)
 
     out_ptr += ((b * key_heads + key_head) * parts + part) * tokens
     if cu_ptr is not None:  # the output is [Hk * parts, T]: no sequence has a row of its own
