@@ -457,10 +457,10 @@ def merge(
     (batch, count, width), slots = x.shape, own.shape[1]
     features = unit.shape[2]
     found = torch.empty_like(places.joining)
-    _token_merge_nearest_kernel[(triton.cdiv(count, 32), batch)](
+    _token_merge_nearest_kernel[(triton.cdiv(count, 16), batch)](
         unit, places.joining, places.target, places.counts, places.assign, found, count, keep,
         places.target.shape[1], max(threshold, -1.0), CONTEXTUAL=slots > keep, F=features,
-        BLOCK_N=32, BLOCK_T=32, BLOCK_F=32 if features > 16 else 16,
+        BLOCK_N=16, BLOCK_T=64, BLOCK_F=32 if features > 16 else 16,
         num_warps=4,
     )  # fmt: skip
     member, bound = _lists(places, found, slots)

@@ -37,7 +37,7 @@ def weights(shape: tuple[int, ...], seed: int = 6) -> torch.Tensor:
 @pytest.mark.parametrize("tokens", [1, 2, 31, 33, 130])
 @pytest.mark.parametrize("contextual", [0, 1, 7])
 def test_sizes(tokens, contextual):
-    for keep in {1, (tokens + 3) // 4, tokens}:
+    for keep in {1, (tokens + 3) // 4, (2 * tokens + 2) // 3, tokens}:
         check_merge(op, merge_case(1, tokens, keep, contextual=contextual, seed=keep))
 
 
@@ -219,8 +219,8 @@ def test_the_same_bits_again():
     assert_same(op(**args), op(**args))
 
 
-PLAIN = merge_case(1, 70, 40)
-EQUAL = {**merge_case(1, 70, 40), "metric": torch.ones(1, 70, 7)}
+PLAIN = merge_case(1, 110, 80)  # more targets than a tile has
+EQUAL = {**PLAIN, "metric": torch.ones(1, 110, 7)}
 FEW = merge_case(1, 70, 4)
 ONE_LIST = {**FEW, "metric": torch.ones(1, 70, 7)}
 EXTRA = merge_case(1, 70, 9, contextual=6)
@@ -231,7 +231,7 @@ LONG = merge_case(1, 40, 9, 40, 1031)
 LONG["metric"][:, :, 1024:] *= 100
 HUGE = {**PLAIN, "metric": PLAIN["metric"] * 1e30}
 NAN = {**PLAIN, "metric": PLAIN["metric"].clone()}
-NAN["metric"][0, sorted({*range(70)} - {*PLAIN["index"][0].tolist()})[3]] = math.nan
+NAN["metric"][0, sorted({*range(110)} - {*PLAIN["index"][0].tolist()})[3]] = math.nan
 
 #: Module, place in it, what a mistake would make of that, and a call that shows it.
 MISTAKES: dict[str, tuple[str, str, str, Args]] = {
