@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._saliency_plan import Problem, Tiles, in_units, tiles, wanted_programs
+from ._saliency_plan import Problem, Tiles, cdiv, in_units, tiles, wanted_programs
 
 LOG2E = math.log2(math.e)
 #: Splits of the keys beyond which putting them together again costs more than it gains.
@@ -346,12 +346,12 @@ class _Rows(NamedTuple):
 
 def _row_statistics(p: Problem, t: Tiles) -> _Rows:
     group = p.heads // p.key_heads
-    chunks, row_tiles = triton.cdiv(group, t.heads), triton.cdiv(p.rows, t.block_m)
+    chunks, row_tiles = cdiv(group, t.heads), cdiv(p.rows, t.block_m)
     programs = p.batch * p.key_heads * chunks * row_tiles
-    blocks = triton.cdiv(p.keys, t.block_n)
-    splits = min(triton.cdiv(wanted_programs(p.q.device), programs), MAX_SPLITS, blocks)
-    per_split = triton.cdiv(blocks, splits) * t.block_n
-    splits = triton.cdiv(p.keys, per_split)
+    blocks = cdiv(p.keys, t.block_n)
+    splits = min(cdiv(wanted_programs(p.q.device), programs), MAX_SPLITS, blocks)
+    per_split = cdiv(blocks, splits) * t.block_n
+    splits = cdiv(p.keys, per_split)
     # A packed row has its place among all T: the longest sequence must not cost memory in each.
     lines = p.rows if p.cu is None else p.tokens
     shape = (p.batch if p.cu is None else 1, p.heads, lines, splits)
@@ -383,11 +383,11 @@ def _columns(
     inline: bool, out: Tensor, out_scale: float, reduce: str,
 ) -> Tensor:  # fmt: skip
     group = p.heads // p.key_heads
-    chunks, token_blocks = triton.cdiv(group, t.heads), triton.cdiv(p.keys - p.prefix, t.block_n)
+    chunks, token_blocks = cdiv(group, t.heads), cdiv(p.keys - p.prefix, t.block_n)
     programs = p.batch * p.key_heads * token_blocks
-    parts = min(triton.cdiv(wanted_programs(p.q.device), programs), chunks)
-    per_part = triton.cdiv(chunks, parts)
-    parts = triton.cdiv(chunks, per_part)
+    parts = min(cdiv(wanted_programs(p.q.device), programs), chunks)
+    per_part = cdiv(chunks, parts)
+    parts = cdiv(chunks, per_part)
     pieces, samples = p.key_heads * parts, out.numel() // p.tokens
     partial = out
     if pieces > 1:
@@ -403,7 +403,7 @@ def _columns(
         num_warps=t.warps, num_stages=1 if p.rows <= t.block_m else t.stages, **t.registers(),
     )  # fmt: skip
     if pieces > 1:
-        blocks = triton.cdiv(p.tokens, 64)
+        blocks = cdiv(p.tokens, 64)
         _attention_saliency_sum_kernel[(blocks * samples,)](
             partial, out, pieces, p.tokens, blocks, BLOCK_P=16, BLOCK_N=64, num_warps=4
         )

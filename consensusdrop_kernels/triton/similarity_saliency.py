@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
-from ._saliency_plan import wanted_programs
+from ._saliency_plan import cdiv, wanted_programs
 from ._scores import pair_strides
 
 LOG2E = math.log2(math.e)
@@ -223,7 +223,7 @@ def similarity_saliency(
     powers, factors = (empty(count), empty(tokens)), (empty(count), empty(tokens))
     sides = ((text, text_valid, LOG2E / temperature), (visual, visual_valid, 1.0))
     for side, (x, valid, unit) in enumerate(sides):
-        pieces = triton.cdiv(x.shape[1], 16)
+        pieces = cdiv(x.shape[1], 16)
         _similarity_saliency_measure_kernel[(pieces * batch,)](
             x, powers[side] if valid is None else valid, powers[side], factors[side], *x.stride(),
             *pair_strides(valid), x.shape[1], pieces, width, unit, HAS_VALID=valid is not None,
@@ -241,10 +241,10 @@ def similarity_saliency(
     # Float32 is multiplied without tensor cores, from registers, which few rows leave room for.
     single = text.dtype == torch.float32
     block_t = 16 if count <= 16 or single else 32
-    row_tiles, blocks = triton.cdiv(count, block_t), triton.cdiv(tokens, BLOCK_N)
-    splits = min(triton.cdiv(wanted_programs(device), row_tiles * batch), MAX_SPLITS, blocks)
-    per_split = triton.cdiv(blocks, splits) * BLOCK_N
-    splits = triton.cdiv(tokens, per_split)
+    row_tiles, blocks = cdiv(count, block_t), cdiv(tokens, BLOCK_N)
+    splits = min(cdiv(wanted_programs(device), row_tiles * batch), MAX_SPLITS, blocks)
+    per_split = cdiv(blocks, splits) * BLOCK_N
+    splits = cdiv(tokens, per_split)
     tops, sums = empty(count, splits), empty(count, splits)
     shape = {"BLOCK_T": block_t, "BLOCK_N": BLOCK_N, "BLOCK_F": 32 if single else 64}
     shape["num_warps"] = 8 if single else 4
