@@ -66,10 +66,11 @@ inline std::string batch_by(int64_t batch, const char* name, int64_t count) {
 // An optional mask or score of the tokens, `[B, N]` like the main input.
 template <typename T>
 Matrix<T> token_matrix(const MaybeTensor& t, const char* name, ScalarType dtype, int64_t batch,
-                       int64_t tokens, const char* like, const char* count_name = "N") {
+                       int64_t tokens, const char* like, const Tensor& main,
+                       const char* count_name = "N") {
   if (!t) return {};
   check_like(*t, name, dtype, {batch, tokens}, batch_by(batch, count_name, tokens));
-  check_device(*t, name, like);
+  check_device(*t, name, like, main);
   return matrix_of<T>(t);
 }
 

@@ -24,11 +24,12 @@ std::tuple<Tensor, Tensor> adaptive_split_select(const Tensor& visual, const Ten
   p.keep = keep;
   p.reserve = reserve;
   p.visual = matrix_of<float>(visual);
-  p.textual =
-      token_matrix<float>(textual, "textual", ScalarType::Float, p.batch, p.tokens, "visual");
+  p.textual = token_matrix<float>(textual, "textual", ScalarType::Float, p.batch, p.tokens,
+                                  "visual", visual);
   check_keep(keep, p.tokens);
   CDROP_CHECK(reserve >= 0.0 && reserve <= 0.5, "reserve", "be in 0..0.5", number(reserve));
-  p.valid = token_matrix<uint8_t>(valid, "valid", ScalarType::Bool, p.batch, p.tokens, "visual");
+  p.valid =
+      token_matrix<uint8_t>(valid, "valid", ScalarType::Bool, p.batch, p.tokens, "visual", visual);
   Tensor index = output(visual, {p.batch, keep}, ScalarType::Long);
   Tensor split = output(visual, {p.batch}, ScalarType::Long);
   p.index = static_cast<int64_t*>(index.mutable_data_ptr());
@@ -59,12 +60,13 @@ Tensor greedy_diverse_select(const Tensor& features, int64_t keep, const MaybeTe
   CDROP_CHECK(p.width >= 1, "features", "have at least one column", shape(features));
   check_keep(keep, p.tokens);
   p.objective = static_cast<Objective>(check_choice(objective, "objective", {"maxmin", "dpp"}));
-  p.relevance =
-      token_matrix<float>(relevance, "relevance", ScalarType::Float, p.batch, p.tokens, "features");
+  p.relevance = token_matrix<float>(relevance, "relevance", ScalarType::Float, p.batch, p.tokens,
+                                    "features", features);
   if (p.relevance && p.objective == Objective::kDpp) {
     check_relevance_values(p.relevance, p.batch, p.tokens);
   }
-  p.valid = token_matrix<uint8_t>(valid, "valid", ScalarType::Bool, p.batch, p.tokens, "features");
+  p.valid = token_matrix<uint8_t>(valid, "valid", ScalarType::Bool, p.batch, p.tokens, "features",
+                                  features);
   const Tensor rows = with_unit_stride(features);
   p.features = rows_of(rows);
   Tensor index = output(features, {p.batch, keep}, ScalarType::Long);

@@ -37,7 +37,7 @@ void check_packed(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens, in
   CDROP_CHECK(k.scalar_type() == q.scalar_type(), "k",
               text("have the dtype of q (", dtype_name(q.scalar_type()), ")"),
               dtype_name(k.scalar_type()));
-  check_device(k, "k", "q");
+  check_device(k, "k", "q", q);
   const int64_t total = q.size(0), heads = q.size(1), width = q.size(2);
   CDROP_CHECK(heads >= 1 && width >= 1, "q", "have at least one head and one column", shape(q));
   CDROP_CHECK(k.size(0) == total && k.size(2) == width && k.size(1) >= 1, "k",
@@ -51,7 +51,7 @@ void check_packed(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens, in
               "be int32 or int64", dtype_name(type));
   CDROP_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "cu_seqlens", "be [S+1]",
               shape(cu_seqlens));
-  check_device(cu_seqlens, "cu_seqlens", "q");
+  check_device(cu_seqlens, "cu_seqlens", "q", q);
   CDROP_CHECK(max_seqlen >= 0, "max_seqlen", "be >= 0", std::to_string(max_seqlen));
 }
 
@@ -76,14 +76,14 @@ Tensor attention_saliency_varlen(const Tensor& q, const Tensor& k, const Tensor&
   if (lse) {
     check_like(*lse, "lse", ScalarType::Float, {heads, total},
                text("[Hq=", heads, ", T=", total, "]"));
-    check_device(*lse, "lse", "q");
+    check_device(*lse, "lse", "q", q);
     p.lse = static_cast<const float*>(lse->const_data_ptr());
     p.lse_stride[1] = lse->stride(0);
     p.lse_stride[2] = lse->stride(1);
   }
   if (weight) {
     check_like(*weight, "query_weight", ScalarType::Float, {total}, text("[T=", total, "]"));
-    check_device(*weight, "query_weight", "q");
+    check_device(*weight, "query_weight", "q", q);
     check_weight_values(weight, "query_weight");
     p.query_weight = matrix_of<float>(weight);
   }
@@ -110,7 +110,7 @@ Tensor similarity_saliency(const Tensor& text_rows, const Tensor& visual, double
   CDROP_CHECK(visual.scalar_type() == text_rows.scalar_type(), "visual",
               text("have the dtype of text (", dtype_name(text_rows.scalar_type()), ")"),
               dtype_name(visual.scalar_type()));
-  check_device(visual, "visual", "text");
+  check_device(visual, "visual", "text", text_rows);
   SimilarityParams p;
   p.batch = text_rows.size(0);
   p.rows = text_rows.size(1);
@@ -125,9 +125,9 @@ Tensor similarity_saliency(const Tensor& text_rows, const Tensor& visual, double
   p.temperature = temperature;
   p.reduce = static_cast<Reduce>(check_choice(reduce, "reduce", {"mean", "max"}));
   p.text_valid = token_matrix<uint8_t>(text_valid, "text_valid", ScalarType::Bool, p.batch, p.rows,
-                                       "text", "T");
+                                       "text", text_rows, "T");
   p.visual_valid = token_matrix<uint8_t>(visual_valid, "visual_valid", ScalarType::Bool, p.batch,
-                                         p.tokens, "text");
+                                         p.tokens, "text", text_rows);
   const Tensor texts = with_unit_stride(text_rows), visuals = with_unit_stride(visual);
   p.text = rows_of(texts);
   p.visual = rows_of(visuals);

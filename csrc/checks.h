@@ -79,10 +79,17 @@ inline void check_float(const Tensor& t, const char* name, int64_t rank,
   CDROP_CHECK(t.dim() == rank, name, "be " + layout, shape(t));
 }
 
-// These kernels run where the first argument is, so any other device is a mix.
-inline void check_device(const Tensor& t, const char* name, const char* like) {
-  CDROP_CHECK(t.is_cpu(), name, text("be on the device of ", like, " (cpu)"),
-              t.is_cuda() ? text("cuda:", t.get_device_index()) : "another device");
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return t.is_cuda() ? text("cuda:", t.get_device_index()) : "another device";
+}
+
+inline void check_device(const Tensor& t, const char* name, const char* like, const Tensor& main) {
+  const bool same =
+      t.is_cpu() ? main.is_cpu()
+                 : t.is_cuda() && main.is_cuda() && t.get_device_index() == main.get_device_index();
+  CDROP_CHECK(same, name, text("be on the device of ", like, " (", device_name(main), ")"),
+              device_name(t));
 }
 
 inline void check_like(const Tensor& t, const char* name, ScalarType dtype,
@@ -121,8 +128,9 @@ inline int check_choice(const std::string& value, const char* name,
   refuse(name, "be one of " + all, "\"" + value + "\"");
 }
 
+// Of a tensor on the CPU: elsewhere a look at the values would wait for the device.
 inline void check_weight_values(const MaybeTensor& w, const char* name) {
-  if (!w) return;
+  if (!w || !w->is_cpu()) return;
   const float* data = static_cast<const float*>(w->const_data_ptr());
   const int64_t rows = w->dim() == 2 ? w->size(0) : 1, last = w->dim() - 1;
   for (int64_t i = 0; i < rows; ++i) {

@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// nvcc compiles the small functions for the device too.
+#ifdef __CUDACC__
+#define CDROP_BOTH __host__ __device__
+#else
+#define CDROP_BOTH
+#endif
+
 namespace cdrop {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
@@ -22,8 +29,8 @@ template <typename T>
 struct Matrix {
   const T* data = nullptr;
   int64_t stride[2] = {0, 0};
-  explicit operator bool() const { return data != nullptr; }
-  const T& at(int64_t i, int64_t j) const { return data[i * stride[0] + j * stride[1]]; }
+  CDROP_BOTH explicit operator bool() const { return data != nullptr; }
+  CDROP_BOTH const T& at(int64_t i, int64_t j) const { return data[i * stride[0] + j * stride[1]]; }
 };
 
 // attention_saliency: q [B, Hq, M, d], k [B, Hk, P+N, d].
@@ -106,6 +113,14 @@ struct MergeParams {
   int64_t* out_index = nullptr;  // [B, K+C], the own token of each slot; not wanted when null
   int64_t* out_assign = nullptr;
   float* out_size = nullptr;
+};
+
+// select_merge: both saliencies over the tokens that `select.valid` leaves, the choice, the merge.
+struct SelectMergeParams {
+  SaliencyParams visual, textual;
+  bool has_text = false;
+  SelectParams select;  // without its lists and outputs
+  MergeParams merge;    // without its index list
 };
 
 }  // namespace cdrop
