@@ -31,13 +31,13 @@ def _metric_tile(
     at = metric_ptr + row.to(tl.int64)[:, None] * stride_mn + column.to(tl.int64) * stride_mf
     mask = inside[:, None] & (column < F)
     total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    for head in range(1, HEADS):
-        at_head = at + head * stride_mh.to(tl.int64)
-        total += tl.load(at_head, mask=mask, other=0.0).to(tl.float32)
+    for _ in range(1, HEADS):
+        at += stride_mh
+        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
     return total / HEADS if HEADS > 1 else total
 
 
-@triton.jit(do_not_specialize=["tokens", "stride_mb"])
+@triton.jit(do_not_specialize=["tokens"])
 def _token_merge_unit_kernel(
     metric_ptr, unit_ptr, assign_ptr, stride_mb, stride_mh, stride_mn, stride_mf, tokens,
     CLEAR: tl.constexpr, HEADS: tl.constexpr, F: tl.constexpr,
