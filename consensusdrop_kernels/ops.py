@@ -342,6 +342,13 @@ def _load_kernels() -> str:
     return ""
 
 
+# The CUDA C++ kernels, apart from the ops: until a GPU has been seen to agree with them, they run
+# where they are asked for by name.
+_CUDA_OPS = ("select_merge",)
+_cuda_library = torch.library.Library("cdrop_cuda", "DEF")
+for _op in _CUDA_OPS:
+    _cuda_library.define(_op + SCHEMAS[_op])
+
 _kernels_missing = _load_kernels()
 
 # Imported at the first call. What the compiled kernels cover stays theirs.
@@ -363,7 +370,11 @@ def backends() -> dict[str, Backend]:
     )
     found["triton"] = _triton_backend()
     missing = _kernels_missing or torch.ops.cdrop_info.cuda_missing()
-    found["cuda"] = Backend(False, missing or "this version has no CUDA C++ kernels yet")
+    found["cuda"] = Backend(
+        not missing,
+        missing or f"C++ kernels for {', '.join(_CUDA_OPS)}, on request only",
+        () if missing else _CUDA_OPS,
+    )
     return {name: found[name] for name in NAMES}
 
 
@@ -377,6 +388,18 @@ def _triton_backend() -> Backend:
         return Backend(False, missing)
     where = "interpreted, on the CPU" if triton_ops.interpreted() else "on CUDA and ROCm devices"
     return Backend(True, f"Triton kernels, {where}", tuple(triton_ops.OPS))
+
+
+def _cuda_function(op: str) -> Callable:
+    """The CUDA C++ kernel of an op. It checks everything but values, which are on the device."""
+    kernel = getattr(torch.ops.cdrop_cuda, op)
+
+    def call(*args, **options):  # type: ignore[no-untyped-def]
+        if os.environ.get("CDROP_CHECK") == "1":
+            _FAKES[op](*args, **options)  # makes the checks of the op
+        return kernel(*args, **options)
+
+    return call
 
 
 def _refusing(op: str, backend: str, device: str) -> Callable:
@@ -442,6 +465,8 @@ def _override(name: str) -> torch.library.Library:
                 function = _definition(op)
             elif name == "triton" and op in backend.ops and device == _triton_device():
                 function = _triton[op]
+            elif name == "cuda" and op in backend.ops and device == "cuda":
+                function = _cuda_function(op)
             elif name == device and op in backend.ops:
                 continue  # the compiled kernel is what the dispatcher holds already
             else:
