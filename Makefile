@@ -73,6 +73,7 @@ gpu:
 
 resources: setup
 	$(BIN)/python -m python_tests.triton_ops.aot
+	$(BIN)/python -m python_tests.cuda_kernels.resources
 
 clean:
 	rm -rf $(VENV) build consensusdrop_kernels/*.so *.egg-info
