@@ -87,8 +87,8 @@ def heading() -> str:
     return (
         f"Compiled by nvcc {_C.build_info()['cuda_compiler']}, without a GPU: registers per "
         "thread, bytes of stack and of local memory (spills), and how often an instruction occurs "
-        "in the machine code. Shared memory is dynamic: `consensusdrop_kernels._C.launch_plan` tells how "
-        "much a call takes. Written by `make resources`; the tests compare."
+        "in the machine code. Shared memory is dynamic: `_C.launch_plan` tells how much a call "
+        "takes. Written by `make resources`; the tests compare."
     )
 
 
