@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import consensusdrop_kernels  # noqa: F401  (registers torch.ops.cdrop)
+import consensusdrop_kernels as cdrop
 
 ops = torch.ops.cdrop
 NEAR_TIES = 0.05  # where a near tie may move a token to another slot
@@ -25,6 +25,8 @@ class Case:
     make: Callable[[], tuple[Tensor, ...]]
     ours: Callable[[tuple[Tensor, ...]], Any]
     baselines: dict[str, Callable[[tuple[Tensor, ...]], Any]]
+    # The same op by other kernels of ours, checked as it is.
+    others: dict[str, Callable[[tuple[Tensor, ...]], Any]] = field(default_factory=dict)
     compiled: bool = False  # time torch.compile of the first baseline too: takes seconds to build
     tolerance: float = 1e-3  # relative, of floating outputs, against the definition
     checked: bool = True  # off where the definition would hold a map of many gigabytes
@@ -286,6 +288,14 @@ def random_tokens(inputs: tuple[Tensor, ...], keep: int) -> Tensor:
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
+def _one_launch(keep: int) -> dict[str, Callable[[tuple[Tensor, ...]], Any]]:
+    """The CUDA C++ kernel beside whatever is the default."""
+    if not cdrop.backends()["cuda"]:
+        return {}
+    kernel = torch.ops.cdrop_cuda.select_merge
+    return {"CUDA C++": lambda i: kernel(*i, keep=keep, prefix=1)}
+
+
 def select_merge_cases(device: str, dtype: torch.dtype, small: bool) -> Iterator[Case]:
     """The flagship, with 16 encoder heads of 64 and 8 question rows of 32 heads of 128."""
     kw = {"dtype": dtype, "device": device}
@@ -305,6 +315,7 @@ def select_merge_cases(device: str, dtype: torch.dtype, small: bool) -> Iterator
                 "plain torch": lambda i, k=k: plain_select_merge(i, k),
                 "random tokens": lambda i, k=k: random_tokens(i, k),
             },
+            others=_one_launch(k),
             compiled=b == 1 and n == 576,
             tolerance=NEAR_TIES,
         )

@@ -13,7 +13,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ def _bytes(values: Any) -> int:
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
 
 
-def check(case: Case, inputs: tuple[Tensor, ...]) -> None:
-    """The op against its definition; a wrong kernel is not timed."""
-    ours = case.ours(inputs)
+def check(case: Case, inputs: tuple[Tensor, ...], kernel: Callable[..., Any] | None = None) -> None:
+    """The op, or another kernel of it, against its definition; a wrong one is not timed."""
+    ours = (kernel or case.ours)(inputs)
     with cdrop.use_backend("reference"):
         right = case.ours(inputs)
     pairs = zip(
@@ -56,10 +56,11 @@ def time_case(case: Case, dtype: torch.dtype, bandwidth: float) -> Iterator[dict
     try:
         first = case.make()
         if case.checked:
-            check(case, first)
+            for kernel in (case.ours, *case.others.values()):
+                check(case, first, kernel)
         moved = _bytes(first) + _bytes(case.ours(first))
         sets = [first, *(case.make() for _ in range(rotations(_bytes(first)) - 1))]
-        contenders = {"cdrop": case.ours} | case.baselines
+        contenders = {"cdrop": case.ours} | case.others | case.baselines
         if case.compiled and "plain torch" in case.baselines:
             plain = case.baselines["plain torch"]
             contenders["torch.compile"] = torch.compile(plain, dynamic=False)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import consensusdrop_kernels  # noqa: F401  (registers torch.ops.cdrop)
+import consensusdrop_kernels as cdrop
 
 ops = torch.ops.cdrop
 
@@ -56,6 +56,10 @@ def calls(batch: int, tokens: int, width: int, keep: int, rows: int, device: str
             x, q_vis, k_vis, q_txt, k_txt, keep=keep, prefix=1, txt_reduce="max"
         ),
     }
+    if cdrop.backends()["cuda"] and device == "cuda":
+        table["select_merge_cuda"] = lambda: torch.ops.cdrop_cuda.select_merge(
+            x, q_vis, k_vis, q_txt, k_txt, keep=keep, prefix=1, txt_reduce="max"
+        )
     return table
 
 
