@@ -3,11 +3,12 @@
 One module does one thing: `patching` checks and hands out the `Handle`, `hooks` are what it
 installs, `adapter` and one file per family say where a model's parts are, `tap` reads attention
 queries and keys, `inputs` reads what callers pass, `probe` and `query` ask the question, `layout`
-shortens the sequence, `cache` corrects the calls that follow, `report` tells what happened.
+shortens the sequence and `prefill` what goes with it, `cache` corrects the calls that follow,
+`report` tells what happened.
 """
 
 from . import llava as _llava  # noqa: F401  (registers its adapter)
-from .adapter import Adapter, Encoded, register, supported
+from .adapter import Adapter, Encoded, Source, register, supported
 from .patching import Handle, patch, unpatch
 from .report import Pruning, Stats
 
@@ -16,6 +17,7 @@ __all__ = [
     "Encoded",
     "Handle",
     "Pruning",
+    "Source",
     "Stats",
     "patch",
     "register",

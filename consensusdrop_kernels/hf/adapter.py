@@ -4,57 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from .tap import Tapped
 
 
-class Encoded(NamedTuple):
-    """The images of one encoder call, token by token.
+@dataclass(frozen=True)
+class Encoded:
+    """The images of one encoder call (or its videos), token by token as the LLM will see them.
+
+    Two ways to say what the encoder found. Where one patch is one token: the queries and keys
+    themselves, `q_vis`, `k_vis`, `prefix`, `scale`. Where patches are pooled, shuffled or cut and
+    pasted on their way to the LLM: `visual` and `metric`, sent the same way. None of them without a
+    tap.
 
     Attributes:
-        tokens: `N`, visual tokens per image.
-        images: `R`, images.
-        grid: height and width of the patch grid.
+        tokens: features of each image, `[R]`, as many as it has placeholders.
+        grids: height and width of the patch grid of each image.
         q_vis: `[R, Hv, Mv, dv]`, k_vis: `[R, Hv, P+N, dv]`, prefix: `P`, scale: as in
-            `consensusdrop_kernels.methods.Signals`; without a tap None, None, 0, None.
+            `consensusdrop_kernels.methods.Signals`; only where all images have `N` tokens.
+        visual: saliency of each patch feature, `[N_i]` float32 per image.
+        metric: what to merge by, `[N_i, F]` per image.
+        patches: which features are patches, bool `[tokens_i]` on the CPU per image; the others (a
+            line break, a class token) are no candidates, see `patch(..., breaks=)`. None: all.
+        crops: how the patches of each image divide into crops or frames, in order.
     """
 
-    tokens: int
-    images: int
-    grid: tuple[int, int]
+    tokens: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...]
     q_vis: Tensor | None = None
     k_vis: Tensor | None = None
     prefix: int = 0
     scale: float | None = None
+    visual: tuple[Tensor, ...] | None = None
+    metric: tuple[Tensor, ...] | None = None
+    patches: tuple[Tensor, ...] | None = None
+    crops: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def images(self) -> int:
+        """`R`."""
+        return len(self.tokens)
+
+    def is_patch(self, image: int) -> Tensor | None:
+        """Which features of an image are patches; None: all."""
+        return None if self.patches is None else self.patches[image]
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A model family, as data and two small functions.
+class Source:
+    """One way for pictures into a model: its image path, or its video path.
 
     Attributes:
-        model_types: values of `config.model_type` it serves.
-        outer: path from the model to the module that puts image features into the text.
-        text: path from the model to the decoder stack (it has `layers`).
         layers: path from the model to the encoder's list of layers.
         attention: path from an encoder layer to its attention module.
-        features: name of the outer module's method that encodes and projects images.
-        pixels: names of the inputs that bring images.
-        modality: their key in `mm_encoder_outputs`.
-        visual_ids: names of the config entries that hold the placeholder token ids.
         tap_layer: `(config, arguments) -> int`, the encoder layer whose attention speaks for the
             features in use, as an index into `layers`; raises ValueError, with the reason, for a
             configuration that is not supported. `arguments` are those of `features`, or empty.
         encode: `(model, tapped or None, output, arguments) -> Encoded`: splits the tapped queries
             and keys of the whole batch into images of tokens as the LLM will see them.
+        features: name of the outer module's method that encodes and projects.
+        pixels: names of the inputs that bring the pictures.
+        modality: their key in `mm_encoder_outputs`.
+        visual_id: name of the config entry that holds the placeholder token id.
     """
 
-    model_types: tuple[str, ...]
-    outer: str
-    text: str
     layers: str
     attention: str
     tap_layer: Callable[[Any, Mapping[str, Any]], int]
@@ -62,7 +78,26 @@ class Adapter:
     features: str = "get_image_features"
     pixels: tuple[str, ...] = ("pixel_values",)
     modality: str = "image"
-    visual_ids: tuple[str, ...] = ("image_token_id",)
+    visual_id: str = "image_token_id"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A model family, as data and the two small functions of each source.
+
+    Attributes:
+        model_types: values of `config.model_type` it serves.
+        outer: path from the model to the module that puts image features into the text.
+        text: path from the model to the decoder stack (it has `layers`).
+        sources: where pictures come in.
+        spatial_positions: rotary positions have height and width (M-RoPE): tokens keep their own.
+    """
+
+    model_types: tuple[str, ...]
+    outer: str
+    text: str
+    sources: tuple[Source, ...]
+    spatial_positions: bool = False
 
 
 _REGISTRY: dict[str, Adapter] = {}

@@ -26,7 +26,8 @@ class State:
         kept: `K`, cache entries after the prefill.
         mask: `[B, K]` bool, or None if every entry is a token, and every one since.
         removed: `[B, 1]` int64 to subtract from the prompt's positions, or None.
-        last: `[B, 1]` int64, the position of the last token of the prefill.
+        last: `[B, 1]` int64, the position of the last token of the prefill; with height and width
+            `[3, B, 1]` or `[4, B, 1]`.
     """
 
     length: int
@@ -38,7 +39,9 @@ class State:
 
 def attach(cache: Any, length: int, short: Shortened) -> None:
     """Remember a pruned prefill on its cache."""
-    state = State(length, short.embeds.shape[1], short.mask, short.removed, short.positions[:, -1:])
+    state = State(
+        length, short.embeds.shape[1], short.mask, short.removed, short.positions[..., -1:]
+    )
     setattr(cache, _ATTRIBUTE, state)
     if not isinstance(cache, _Following):
         kind: Any = type(cache)
@@ -63,15 +66,15 @@ class _Following(Cache):
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
-        _move_rows(self, lambda t: t.index_select(0, beam_idx.to(t.device)))
+        _move_rows(self, lambda t: t.index_select(-2, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        _move_rows(self, lambda t: t.repeat_interleave(repeats, 0))
+        _move_rows(self, lambda t: t.repeat_interleave(repeats, -2))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        _move_rows(self, lambda t: t[indices.to(t.device)])
+        _move_rows(self, lambda t: t[..., indices.to(t.device), :])
 
     def reset(self) -> None:
         super().reset()
@@ -150,7 +153,7 @@ def _fresh(mask: Any, state: State, since: int, count: int) -> Tensor | None:
     """The caller's mask of all tokens since the prompt, `[B, since + count]`, if there is one."""
     if mask is None:
         return None
-    rows, length = len(state.last), state.length + since + count
+    rows, length = state.last.shape[-2], state.length + since + count
     if isinstance(mask, Tensor) and mask.shape == (rows, length):
         return mask[:, state.length :].bool() if since >= 0 else None
     if count == 1 and state.mask is None:
@@ -177,6 +180,9 @@ def _follow(positions: Tensor, slots: Tensor, last: Tensor, fresh: Tensor | None
     Where the caller masks a token out, any position will do.
     """
     good = positions == slots
+    if good.dim() == 3:  # rows of time, height and width: all go on alike
+        good = good.all(0)
+        positions, last = positions[-1], last[-1]
     if fresh is not None:
         count = positions.shape[1]
         by_mask = last + fresh.cumsum(1)[:, -count:]

@@ -19,11 +19,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from ..methods.base import Method, Selection, Signals
 from .adapter import Adapter, Encoded
-from .cache import attach, continue_call, state_of
+from .cache import continue_call, state_of
 from .calls import Calls
 from .inputs import (
     check_cache,
@@ -34,7 +33,8 @@ from .inputs import (
     padding,
     supervised,
 )
-from .layout import Layout, Shortened, locate, shorten, source_rows
+from .layout import Group, Layout, Shortened, locate, shorten
+from .prefill import shortened_inputs, wants_cache
 from .probe import StaticProbe, check_probe_layer
 from .report import Pruning, Stats
 from .tap import Tap
@@ -59,7 +59,7 @@ class _Prefill:
     ids: Tensor
     mask: Tensor | None
     cache: Any
-    encoded: Encoded | None
+    encoded: list[Encoded | None]  # of every source
     wanted: _Wanted
     restore: Tensor | None = None
 
@@ -72,11 +72,12 @@ class Hooks:
         method: what to keep.
         special: token ids that are no question, or None.
         keep_signals: whether `Pruning.selection.scores` stays computable.
+        keep_breaks: whether image features that are no patches stay in the prompt.
     """
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, method: Method, special: Tensor | None,
-        keep_signals: bool,
+        keep_signals: bool, keep_breaks: bool,
     ) -> None:  # fmt: skip
         self.method = method
         self.last: Pruning | None = None
@@ -87,16 +88,32 @@ class Hooks:
         self._text: Any = model.get_submodule(adapter.text)
         self._special = special
         self._keep_signals = keep_signals
+        self._keep_breaks = keep_breaks
         self._calls = Calls()
         self._hooks: list[Any] = []
         self._replaced: list[tuple[Any, str, Any]] = []
-        self._tap: Tap | None = None
-        self._layer = adapter.tap_layer(model.config, {})
+        self._layers = [source.tap_layer(model.config, {}) for source in adapter.sources]
+        self._taps: list[Tap | None] = [None] * len(adapter.sources)
         if "encoder" in method.needs:
-            layers: Any = model.get_submodule(adapter.layers)
-            self._tap = Tap(layers[self._layer].get_submodule(adapter.attention))
+            self._taps = self._make_taps()
+        if method.positions == "compact" and adapter.spatial_positions:
+            raise ValueError(
+                "positions must be 'original' (or None) for a model whose positions have height "
+                "and width, got 'compact'"
+            )
+        self._compact = method.positions != "original" and not adapter.spatial_positions
         if method.probed_layer is not None:
             check_probe_layer(self._text, method.probed_layer)
+
+    def _make_taps(self) -> list[Tap | None]:
+        """One tap for each attention module; sources may share one."""
+        taps: dict[int, Tap] = {}
+        found: list[Tap | None] = []
+        for source, layer in zip(self._adapter.sources, self._layers, strict=True):
+            layers: Any = self._model.get_submodule(source.layers)
+            attention = layers[layer].get_submodule(source.attention)
+            found.append(taps.setdefault(id(attention), Tap(attention)))
+        return found
 
     def install(self) -> None:
         """Put everything in place, or, if that fails, nothing."""
@@ -111,9 +128,11 @@ class Hooks:
         self._outer_names = [n for n in names if n != "kwargs"]
         names = list(inspect.signature(self._model.forward).parameters)
         self._model_names = [n for n in names if n != "kwargs"]
-        if self._tap is not None:
-            self._tap.install()
-        self._replace(self._outer, self._adapter.features, _Features)
+        for tap in dict.fromkeys(self._taps):
+            if tap is not None:
+                tap.install()
+        for at, source in enumerate(self._adapter.sources):
+            self._replace(self._outer, source.features, functools.partial(_Features, at))
         self._replace(self._model, _STEP, _Steps)
         model, outer, text, hold = self._model, self._outer, self._text, self._hooks.append
         hold(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
@@ -139,33 +158,44 @@ class Hooks:
                 setattr(module, name, own)
             elif name in vars(module):
                 delattr(module, name)
-        if self._tap is not None:
-            self._tap.remove()
+        for tap in dict.fromkeys(self._taps):
+            if tap is not None:
+                tap.remove()
 
     # The encoder.
 
-    def encode(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    def encode(self, at: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Run the model's own feature function and note what the encoder attended to."""
+        local = self._calls.local
+        if getattr(local, "encoding", False):  # a video path that goes through the image path
+            return call(*args, **kwargs)
+        source, tap = self._adapter.sources[at], self._taps[at]
         arguments = inspect.signature(call).bind(*args, **kwargs).arguments
-        layer = self._adapter.tap_layer(self._model.config, arguments)
-        if layer != self._layer:
+        layer = source.tap_layer(self._model.config, arguments)
+        if layer != self._layers[at]:
             raise ValueError(
                 f"this call uses features of encoder layer {layer}, but the patch listens to layer "
-                f"{self._layer}: set it in the config before patching"
+                f"{self._layers[at]}: set it in the config before patching"
             )
-        with contextlib.nullcontext() if self._tap is None else self._tap.recording() as tapped:
-            output = call(*args, **kwargs)
+        local.encoding = True
+        try:
+            with contextlib.nullcontext() if tap is None else tap.recording() as tapped:
+                output = call(*args, **kwargs)
+        finally:
+            local.encoding = False
         if isinstance(output, tuple):
-            raise ValueError(f"{self._adapter.features} must be called with return_dict=True")
+            raise ValueError(f"{source.features} must be called with return_dict=True")
         if tapped is not None and not tapped:
             raise RuntimeError("the encoder's attention did not go through its interface")
-        encoded = self._adapter.encode(self._model, tapped, output, arguments)
+        with torch.no_grad():
+            encoded = source.encode(self._model, tapped, output, arguments)
         setattr(output, _ENCODED, encoded)
         if is_dispatched(self._model):
-            self._calls.local.encoded = encoded, first_tokens(output)
+            notes = vars(local).setdefault("encoded", {})
+            notes[at] = encoded, first_tokens(output)
         prefill = self._prefill
         if prefill is not None:
-            prefill.encoded = encoded
+            prefill.encoded[at] = encoded
         return output
 
     def prepare(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -222,15 +252,6 @@ class Hooks:
 
     def _start(self, given: dict[str, Any], cache: Any) -> None:
         check_cache(cache, self._text)
-        outputs = (given.get("mm_encoder_outputs") or {}).get(self._adapter.modality)
-        encoded = getattr(outputs, _ENCODED, None)
-        if outputs is not None and encoded is None:
-            encoded = self._recall(outputs)
-        if outputs is not None and encoded is None:
-            raise NotImplementedError(
-                "the image features were computed outside the patched model (or cut into chunks by "
-                "prefill_chunk_size), so there is no encoder saliency; pass pixel_values instead"
-            )
         if given.get("input_ids") is None:
             raise NotImplementedError(
                 "images with inputs_embeds: pass input_ids, image placeholders are found by id"
@@ -239,20 +260,34 @@ class Hooks:
             ids=given["input_ids"],
             mask=given.get("attention_mask"),
             cache=cache,
-            encoded=encoded,
+            encoded=[self._given(at, given) for at in range(len(self._adapter.sources))],
             wanted=getattr(self._calls.local, "wanted", _Wanted()),
         )
 
-    def _recall(self, outputs: Any) -> Encoded | None:
-        """What was noted of features that accelerate rebuilt while it moved them: it keeps the
-        tensors' values and loses all else."""
-        noted: tuple[Encoded, Tensor] | None = getattr(self._calls.local, "encoded", None)
-        if noted is None or not is_dispatched(self._model):
+    def _given(self, at: int, given: dict[str, Any]) -> Encoded | None:
+        """What was noted of a source's features, if `generate` computed them ahead."""
+        outputs = (given.get("mm_encoder_outputs") or {}).get(self._adapter.sources[at].modality)
+        if outputs is None:
+            return None
+        encoded: Encoded | None = getattr(outputs, _ENCODED, None)
+        encoded = self._recall(at, outputs) if encoded is None else encoded
+        if encoded is None:
+            raise NotImplementedError(
+                "the image features were computed outside the patched model (or cut into chunks by "
+                "prefill_chunk_size), so there is no encoder saliency; pass pixel_values instead"
+            )
+        return encoded
+
+    def _recall(self, at: int, outputs: Any) -> Encoded | None:
+        """What was noted of features that accelerate rebuilt while it moved them, or `generate`
+        while it repeated them for beams: both keep the tensors' values and lose all else."""
+        noted = getattr(self._calls.local, "encoded", {}).get(at)
+        if noted is None:
             return None
         encoded, known = noted
-        same_size = all(len(f) == encoded.tokens for f in outputs.pooler_output)
         given = first_tokens(outputs).to(known.device)
-        if not same_size or not torch.eq(given[:, None], known).all(-1).any(1).all():
+        same_width = given.shape[1:] == known.shape[1:]
+        if not same_width or not torch.eq(given[:, None], known).all(-1).any(1).all():
             return None
         return encoded
 
@@ -266,32 +301,36 @@ class Hooks:
             return None
         if args:
             raise RuntimeError("the decoder stack must be called with keyword arguments")
-        if prefill.encoded is None:
-            raise RuntimeError(f"images came, but {self._adapter.features} was not called")
+        if all(encoded is None for encoded in prefill.encoded):
+            raise RuntimeError("images came, but the model's feature function was not called")
         embeds = kwargs["inputs_embeds"]
         valid = padding(prefill.mask, prefill.cache, embeds)
-        encoded = prefill.encoded
         layout = locate(
-            self._placeholders(prefill.ids), valid, prefill.ids, encoded.tokens, embeds.device
-        )
-        positions = full_positions(kwargs.get("position_ids"), embeds)
+            [self._placeholders(at, prefill.ids) for at in range(len(self._adapter.sources))],
+            prefill.encoded, valid, prefill.ids, embeds.device, self.method.budget_scope == "crop",
+        )  # fmt: skip
         layout = _prompt_alone(layout, prefill.wanted)
-        signals = self._signals(embeds, positions, layout, encoded)
+        positions = full_positions(kwargs.get("position_ids"), embeds)
+        signals = [self._signals(embeds, positions, g, prefill.encoded) for g in layout.groups]
 
-        budget = self.method.budget(encoded.tokens)
-        if budget == encoded.tokens:
-            cached = self._wants_cache(kwargs)
-            self._report(self.method.identity(signals), signals, layout, None, embeds, cached)
+        budgets = [self.method.budget(group.tokens) for group in layout.groups]
+        whole = [b == g.tokens for b, g in zip(budgets, layout.groups, strict=True)]
+        chosen = [
+            self.method.identity(one) if every else self.method.select(one)
+            for one, every in zip(signals, whole, strict=True)
+        ]
+        if all(whole):
+            cached = wants_cache(kwargs, self._text)
+            self._report(chosen, signals, layout, None, embeds, cached)
             return None
-        selection = self.method.select(signals)
-        compact = self.method.positions == "compact"
-        short = shorten(embeds, positions, layout, selection, compact)
+        short = shorten(embeds, positions, layout, chosen, self._compact, self._keep_breaks)
         check_static(prefill.cache, layout, short)
-        kwargs = kwargs | self._shortened(kwargs, short, embeds.shape[1])
+        changed = shortened_inputs(kwargs, layout, chosen, short, self._text, self.method.blend)
+        kwargs = kwargs | changed
         # Only the last logit stands at the same place in the shorter sequence, whatever was asked.
         prefill.restore = None if prefill.wanted.logits == 1 else short.restore
         cached = kwargs.get("past_key_values") is not None
-        self._report(selection, signals, layout, short, embeds, cached)
+        self._report(chosen, signals, layout, short, embeds, cached)
         return (), kwargs
 
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -309,10 +348,12 @@ class Hooks:
     # The steps of a prefill.
 
     def _images(self, given: dict[str, Any]) -> bool:
-        if any(given.get(name) is not None for name in self._adapter.pixels):
-            return True
         outputs = given.get("mm_encoder_outputs") or {}
-        return outputs.get(self._adapter.modality) is not None
+        return any(
+            outputs.get(source.modality) is not None
+            or any(given.get(name) is not None for name in source.pixels)
+            for source in self._adapter.sources
+        )
 
     def _check_no_image(self, given: dict[str, Any]) -> None:
         ids = given.get("input_ids")
@@ -321,76 +362,69 @@ class Hooks:
                 "inputs_embeds came without images: image tokens merged into them beforehand are "
                 "not pruned", stacklevel=2,
             )  # fmt: skip
-        elif bool(self._placeholders(ids).any()):
+        elif any(bool(self._placeholders(i, ids).any()) for i in range(len(self._taps))):
             raise ValueError(
                 "the prompt has image placeholders, but no image came with it (a forgotten "
                 "pixel_values, or chunked prefill)"
             )
 
-    def _placeholders(self, ids: Tensor) -> Tensor:
-        wanted = (getattr(self._model.config, name) for name in self._adapter.visual_ids)
-        return functools.reduce(torch.logical_or, (ids == one for one in wanted))
+    def _placeholders(self, at: int, ids: Tensor) -> Tensor:
+        return ids == getattr(self._model.config, self._adapter.sources[at].visual_id)
 
     def _signals(
-        self, embeds: Tensor, positions: Tensor, layout: Layout, encoded: Encoded
+        self, embeds: Tensor, positions: Tensor, group: Group, found: list[Encoded | None]
     ) -> Signals:
-        source = source_rows(layout, encoded.images)
+        encoded = found[group.places[0].source]
+        assert encoded is not None
+        device = embeds.device
+        images = [place.image for place in group.places]
+        crop = [slice(p.first, p.first + p.tokens) for p in group.places]
+
+        def pick(parts: tuple[Tensor, ...] | None) -> Tensor | None:
+            if parts is None:
+                return None
+            return torch.stack([parts[i][here] for i, here in zip(images, crop, strict=True)])
+
         q, k = encoded.q_vis, encoded.k_vis
-        if source is not None and q is not None and k is not None:
-            index = torch.tensor(source, device=q.device)
+        if q is not None and k is not None and images != list(range(len(q))):
+            index = torch.tensor(images, device=q.device)
             q, k = q[index], k[index]
+        visual, metric = pick(encoded.visual), pick(encoded.metric)
         probe = None
         if "text" in self.method.needs:
-            probe = StaticProbe(self._text, embeds, positions, layout, self._special)
+            probe = StaticProbe(self._text, embeds, positions, group, self._special)
         return Signals(
-            x=layout.tokens(embeds),
-            grid=encoded.grid,
-            q_vis=None if q is None else q.to(embeds.device),
-            k_vis=None if k is None else k.to(embeds.device),
+            x=group.take(embeds),
+            grid=group.grid,
+            q_vis=None if q is None else q.to(device),
+            k_vis=None if k is None else k.to(device),
             prefix=encoded.prefix,
             scale_vis=encoded.scale,
+            visual=None if visual is None else visual.to(device),
+            metric=None if metric is None else metric.to(device),
             probe=probe,
         )
 
-    def _shortened(self, kwargs: dict[str, Any], short: Shortened, length: int) -> dict[str, Any]:
-        cache = kwargs.get("past_key_values")
-        if cache is None and self._wants_cache(kwargs):
-            cache = DynamicCache(config=self._text.config)
-        mask = short.mask
-        if cache is not None:
-            attach(cache, length, short)
-        elif mask is None:
-            # Without cache and mask, gaps in the positions would pass for packed sequences.
-            mask = torch.ones_like(short.positions, dtype=torch.bool)
-        return {
-            "inputs_embeds": short.embeds,
-            "attention_mask": mask,
-            "position_ids": short.positions,
-            "past_key_values": cache,
-        }
-
-    def _wants_cache(self, kwargs: dict[str, Any]) -> bool:
-        wanted = kwargs.get("use_cache")
-        wanted = self._text.config.use_cache if wanted is None else wanted
-        return bool(wanted) or kwargs.get("past_key_values") is not None
-
     def _report(
-        self, selection: Selection, signals: Signals, layout: Layout, short: Shortened | None,
-        embeds: Tensor, cached: bool,
+        self, chosen: list[Selection], signals: list[Signals], layout: Layout,
+        short: Shortened | None, embeds: Tensor, cached: bool,
     ) -> None:  # fmt: skip
-        if self._keep_signals:
-            light = replace(signals, x=signals.x.detach())
-            if "encoder" in self.method.needs or "text" in self.method.needs:
-                score = functools.partial(self.method.scores, light)
-                selection = replace(selection, score_fn=cast(Any, score))
-        selection = replace(selection, tokens=selection.tokens.detach())
-        pruning = Pruning.of(selection, signals.grid, layout, short)
+        parts = [self._reported(*pair) for pair in zip(chosen, signals, strict=True)]
+        pruning = Pruning.of(parts, layout, short)
         kv = self._kv_bytes(embeds) if cached else 0
         rows, length = layout.visual.shape
         width = length if short is None else short.embeds.shape[1]
         with self._calls.lock:
             self.last = pruning
             self.stats = self.stats.plus(pruning, kv, rows, length, width)
+
+    def _reported(self, selection: Selection, signals: Signals) -> Selection:
+        selection = replace(selection, tokens=selection.tokens.detach())
+        if not self._keep_signals or not self.method.needs & {"encoder", "text"}:
+            return selection
+        light = replace(signals, x=signals.x.detach())
+        score = functools.partial(self.method.scores, light)
+        return replace(selection, score_fn=cast(Any, score))
 
     def _kv_bytes(self, embeds: Tensor) -> int:
         """Bytes of one token's keys and values in all layers."""
@@ -430,10 +464,11 @@ class _Features:
     An object and not a closure, so that a deep copy of the model gets one of its own.
     """
 
-    def __init__(self, call: Callable[..., Any], hooks: Hooks) -> None:
+    def __init__(self, source: int, call: Callable[..., Any], hooks: Hooks) -> None:
         functools.update_wrapper(self, call)
+        self._source = source
         self._call = call
         self._hooks = hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._hooks.encode(self._call, args, kwargs)
+        return self._hooks.encode(self._source, self._call, args, kwargs)

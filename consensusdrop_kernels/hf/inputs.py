@@ -50,15 +50,17 @@ def supervised(labels: Tensor, ids: Tensor) -> Tensor:
 
 
 def full_positions(given: Tensor | None, embeds: Tensor) -> Tensor:
-    """The positions `[B, L]` of a call; without any, those the decoder would give itself."""
+    """The positions `[B, L]` of a call, or `[3, B, L]`, `[4, B, L]` with height and width; without
+    any, those the decoder would give itself."""
     batch, length = embeds.shape[:2]
     if given is None:
         given = torch.arange(length, device=embeds.device)[None]
-    if given.shape[-1] != length or given.dim() != 2:
+    spatial = given.dim() == 3 and len(given) in (3, 4)
+    if given.shape[-1] != length or not (given.dim() == 2 or spatial):
         raise NotImplementedError(
             f"position_ids must be [B, L]=[{batch}, {length}], got {list(given.shape)}"
         )
-    return given.expand(batch, length)
+    return given.expand(*given.shape[:-2], batch, length)
 
 
 def is_dispatched(model: Any) -> bool:

@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..methods.base import Selection
+from .adapter import Encoded
+
+
+class Place(NamedTuple):
+    """One image (or crop, where crops have budgets of their own) in the prompts of a batch.
+
+    `columns` `[N]` int64 on the CPU are its patches' places in the prompt `row`; `first` is the
+    number of patches that the crops before it have. `source` and `image` say what was encoded.
+    """
+
+    row: int
+    columns: Tensor
+    grid: tuple[int, int]
+    source: int = 0
+    image: int = 0
+    first: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """`N`."""
+        return len(self.columns)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The prompts of a prefill: which tokens are which image's. `R` images of `N` tokens.
+    """The prompts of a prefill: which tokens are which image's.
 
     Attributes:
         ids: `[B, L]` int64 on the CPU.
         visual, valid: `[B, L]` bool on the CPU.
         asking: `[B, L]` bool on the CPU, of those valid: no answer that is to be predicted.
-        sample_list, end_list: the row of each image, and the place of its last token there.
-        sample: the former as `[R]` int64 on the device.
-        columns: `[R, N]` int64 on the device, the place of each token in its row.
+        breaks: `[B, L]` bool on the CPU, of those visual: no patches (line breaks, class tokens).
+        places: the images, in the order of the prompts.
+        device: where the embeddings are.
     """
 
     ids: Tensor
     visual: Tensor
     valid: Tensor
     asking: Tensor
-    sample_list: tuple[int, ...]
-    end_list: tuple[int, ...]
-    sample: Tensor
-    columns: Tensor
-
-    @property
-    def flat(self) -> Tensor:
-        """Each token's place in the `B * L` tokens of the batch, `[R, N]` int64."""
-        return self.sample[:, None] * self.visual.shape[1] + self.columns
+    breaks: Tensor
+    places: tuple[Place, ...]
+    device: torch.device
 
     def without_last(self, count: int) -> Layout:
         """The same layout, where the last `count` places are no question."""
@@ -49,78 +67,142 @@ class Layout:
         """The same layout, where the places of a mask `[B, L]` are no question."""
         return replace(self, asking=self.asking & ~mask)
 
-    def tokens(self, embeds: Tensor) -> Tensor:
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The images by what a method can take at once: of one source, one size, one grid."""
+        found: dict[tuple[int, int, tuple[int, int]], list[int]] = {}
+        for at, place in enumerate(self.places):
+            found.setdefault((place.source, place.tokens, place.grid), []).append(at)
+        return tuple(Group(self, tuple(members)) for members in found.values())
+
+
+class Group:
+    """`R` images of `N` tokens each.
+
+    Attributes:
+        layout: the prompts.
+        members: their numbers among the images of the layout.
+        sample_list, end_list: the row of each image, and the place of its last token there.
+        sample: the former as `[R]` int64 on the device.
+        columns: `[R, N]` int64 on the device, the place of each token in its row.
+    """
+
+    def __init__(self, layout: Layout, members: tuple[int, ...]) -> None:
+        self.layout = layout
+        self.members = members
+        places = [layout.places[i] for i in members]
+        self.places = places
+        self.sample_list = tuple(place.row for place in places)
+        self.end_list = tuple(int(place.columns[-1]) for place in places)
+        self.sample = torch.tensor(self.sample_list, device=layout.device)
+        self.columns = torch.stack([place.columns for place in places]).to(layout.device)
+
+    @property
+    def tokens(self) -> int:
+        """`N`."""
+        return self.columns.shape[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the patch grid."""
+        return self.places[0].grid
+
+    @property
+    def flat(self) -> Tensor:
+        """Each token's place in the `B * L` tokens of the batch, `[R, N]` int64."""
+        return self.sample[:, None] * self.layout.visual.shape[1] + self.columns
+
+    def take(self, embeds: Tensor) -> Tensor:
         """The visual tokens `[R, N, D]` of `[B, L, D]`."""
         return embeds.flatten(0, 1)[self.flat]
 
 
 def locate(
-    visual: Tensor, valid: Tensor | None, ids: Tensor, tokens: int, device: torch.device
-) -> Layout:
-    """Find the images; features go to placeholders in order, `tokens` to an image.
+    visual: Sequence[Tensor], encoded: Sequence[Encoded | None], valid: Tensor | None,
+    ids: Tensor, device: torch.device, by_crop: bool = False,
+) -> Layout:  # fmt: skip
+    """Find the images; the features of a source go to its placeholders in order.
 
     One device synchronisation, the only one of a prefill: lengths must be known on the host.
 
     Args:
-        visual: `[B, L]` bool.
+        visual: `[B, L]` bool of every source.
+        encoded: what each source encoded, or None where it has no placeholder.
         valid: `[B, L]`, 0 on padding, or None.
         ids: `[B, L]` int64.
-        tokens: `N`.
         device: where the embeddings are.
+        by_crop: whether crops and frames count as images.
 
     Raises:
-        ValueError: the placeholders are not whole images.
+        ValueError: the placeholders are not those of whole images.
     """
     real = torch.ones_like(ids) if valid is None else valid.long()
-    ids, here, real = torch.stack([ids, visual.long(), real]).cpu()
-    here = here.bool()
-    places = here.flatten().nonzero().flatten()
-    if tokens == 0 or len(places) % tokens:
-        raise ValueError(f"{len(places)} image placeholders are not whole images of {tokens}")
-    length = here.shape[1]
-    places = places.view(-1, tokens)
-    sample = places[:, 0] // length
-    if not torch.equal(sample, places[:, -1] // length):
-        raise ValueError(f"a prompt's image placeholders must be whole images of {tokens} tokens")
-    return Layout(
-        ids=ids,
-        visual=here,
-        valid=real.bool(),
-        asking=real.bool(),
-        sample_list=tuple(sample.tolist()),
-        end_list=tuple((places[:, -1] % length).tolist()),
-        sample=sample.to(device),
-        columns=(places % length).to(device),
-    )
+    ids, real, *masks = torch.stack([ids, real, *(mask.long() for mask in visual)]).cpu()
+    breaks = torch.zeros_like(ids, dtype=torch.bool)
+    places: list[Place] = []
+    for source, (mask, found) in enumerate(zip(masks, encoded, strict=True)):
+        if not bool(mask.any()) or found is None:
+            if bool(mask.any()):
+                raise ValueError("the prompt has placeholders of pictures that were not encoded")
+            continue
+        for row, image, columns in _images(mask.bool(), found.tokens):
+            patches = found.is_patch(image)
+            if patches is not None:
+                breaks[row, columns[~patches]] = True
+                columns = columns[patches]
+            if len(columns):
+                place = Place(row, columns, found.grids[image], source, image)
+                places += _crops(place, found) if by_crop else [place]
+    places.sort(key=lambda place: (place.row, int(place.columns[0])))
+    here = torch.stack(masks).any(0)
+    return Layout(ids, here, real.bool(), real.bool(), breaks, tuple(places), device)
 
 
-def source_rows(layout: Layout, images: int) -> list[int] | None:
-    """Which encoded image each image of the batch is, or None if they are the same in order.
+def _images(mask: Tensor, tokens: tuple[int, ...]) -> Iterable[tuple[int, int, Tensor]]:
+    """The row, the number and the columns of every image whose features fill a mask `[B, L]`.
 
     Beams and several returned sequences repeat each sample's images, sample by sample, after the
     encoder ran.
-
-    Raises:
-        ValueError: the counts fit no such repetition.
     """
-    total = len(layout.sample_list)
-    if total == images:
-        return None
-    batch = len(layout.visual)
-    repeat = total // images if images else 0
-    per_row = [0] * batch
-    for row in layout.sample_list:
-        per_row[row] += 1
-    source: list[int] = []
-    start = 0
-    if repeat and total == repeat * images and batch % repeat == 0:
-        for first in range(0, batch, repeat):
-            count = per_row[first]
-            source += list(range(start, start + count)) * repeat
-            start += count
-    if len(source) != total or start != images:
-        raise ValueError(f"{images} images were encoded, but the prompts hold {total}")
-    return source
+    columns = [row.nonzero().flatten() for row in mask]
+    counts = [len(places) for places in columns]
+    total, encoded = sum(counts), sum(tokens)
+    sizes = f"{sorted(set(tokens))}" if tokens else "none"
+    if encoded == 0 or total % encoded or len(mask) % (total // encoded):
+        raise ValueError(
+            f"{total} image placeholders are not whole images of {sizes} tokens "
+            f"({len(tokens)} encoded)"
+        )
+    repeat, image = total // encoded, 0
+    for first in range(0, len(mask), repeat):
+        start, done = image, 0
+        while done < counts[first]:
+            if image == len(tokens):
+                break
+            for row in range(first, first + repeat):
+                yield row, image, columns[row][done : done + tokens[image]]
+            done += tokens[image]
+            image += 1
+        if done != counts[first] or len(set(counts[first : first + repeat])) != 1:
+            raise ValueError(
+                f"a prompt's {counts[first]} image placeholders must be whole images, of "
+                f"{list(tokens[start:image])} tokens"
+            )
+    if image != len(tokens):
+        raise ValueError(f"{len(tokens)} images were encoded, but the prompts hold {image}")
+
+
+def _crops(place: Place, encoded: Encoded) -> list[Place]:
+    if encoded.crops is None:
+        return [place]
+    parts, first = [], 0
+    for count in encoded.crops[place.image]:
+        columns = place.columns[first : first + count]
+        height, width = place.grid
+        side = (count // width, width) if count % width == 0 and count <= height * width else None
+        parts.append(place._replace(columns=columns, grid=side or (1, count), first=first))
+        first += count
+    return parts
 
 
 @dataclass(frozen=True)
@@ -130,13 +212,16 @@ class Shortened:
     Attributes:
         embeds: `[B, K, D]`.
         mask: `[B, K]` bool, or None if every slot is a token.
-        positions: `[B, K]` int64.
+        positions: `[B, K]` int64, or `[3, B, K]`, `[4, B, K]` with spatial positions.
         removed: `[B, 1]` int64, by how much compact positions lag behind the prompt's; None
             with original positions.
         keep: `[B, L]` bool, the tokens of the prompt that are left.
+        order: `[B, K]` int64, the place in the prompt of each slot; of an unused one, any dropped.
         restore: `[B, L]` int64, for each token of the prompt the slot of the last token left at or
             before it (the row's first, if there is none).
         lengths: tokens left in each row, known on the host.
+        slots: for each group, the place of each of its slots in the `B * K` slots, `[R * S]`;
+            `B * K` where it is unused.
     """
 
     embeds: Tensor
@@ -144,49 +229,62 @@ class Shortened:
     positions: Tensor
     removed: Tensor | None
     keep: Tensor
+    order: Tensor
     restore: Tensor
     lengths: tuple[int, ...]
+    slots: tuple[Tensor, ...]
 
 
 def shorten(
-    embeds: Tensor, positions: Tensor, layout: Layout, selection: Selection, compact: bool
-) -> Shortened:
-    """Replace the visual tokens of `[B, L, D]` by those selected, at their places in the prompt.
+    embeds: Tensor, positions: Tensor, layout: Layout, chosen: Sequence[Selection], compact: bool,
+    keep_breaks: bool = False,
+) -> Shortened:  # fmt: skip
+    """Replace the visual tokens of `[B, L, D]` by those chosen of each group, at their places.
 
-    `positions` is `[B, L]`. Compact positions are the prompt's less the tokens dropped before, so
-    they run without gaps whatever the padding was.
+    `positions` is `[B, L]`, or has spatial dimensions before. Compact positions are the prompt's
+    less the tokens dropped before, so they run without gaps whatever the padding was.
     """
     batch, length, _ = embeds.shape
     device = embeds.device
-    counts = _slot_counts(selection)
-    lengths = (layout.valid & ~layout.visual).sum(1).tolist()
-    for row, count in zip(layout.sample_list, counts, strict=True):
-        lengths[row] += count
+    stay = layout.valid & ~layout.visual
+    if keep_breaks:
+        stay = stay | (layout.breaks & layout.valid)
+    lengths = stay.sum(1).tolist()
+    places = []
+    for group, selection in zip(layout.groups, chosen, strict=True):
+        for row, count in zip(group.sample_list, _slot_counts(selection), strict=True):
+            lengths[row] += count
+        # Unused slots (-1) go to one extra place that is cut off.
+        here = group.flat.gather(1, selection.index.clamp_min(0))
+        places.append(torch.where(selection.index < 0, batch * length, here).flatten())
     width = max(lengths)
 
-    # Unused slots (-1) go to one extra place that is cut off.
-    places = layout.flat.gather(1, selection.index.clamp_min(0))
-    places = torch.where(selection.index < 0, batch * length, places).flatten()
-    text = (layout.valid & ~layout.visual).to(device)
+    text = stay.to(device)
     keep = torch.cat([text.flatten(), text.new_zeros(1)])
-    keep = keep.index_fill_(0, places, True)[:-1].view(batch, length)
-
+    keep = keep.index_fill_(0, torch.cat(places), True)[:-1].view(batch, length)
     order = keep.int().argsort(dim=1, stable=True)[:, -width:]
     shift = torch.tensor([width - n for n in lengths], device=device)[:, None]
     slot = keep.cumsum(1) - 1 + shift  # of each kept token, in its row
-    out = embeds.gather(1, order[:, :, None].expand(-1, -1, embeds.shape[2]))
-    out = _write(out, selection, slot, places, batch * length)
+    row = torch.arange(batch, device=device)[:, None] * width
+    target = torch.cat([(slot + row).flatten(), slot.new_full((1,), batch * width)])
+    slots = tuple(target[here] for here in places)
 
-    removed = (layout.visual.to(device) & ~keep).cumsum(1)
+    out = embeds.gather(1, order[:, :, None].expand(-1, -1, embeds.shape[2]))
+    for where, selection in zip(slots, chosen, strict=True):
+        out = _write(out, selection, where)
+    removed = ((layout.valid & layout.visual).to(device) & ~keep).cumsum(1)
     moved = positions - removed if compact else positions
+    index = order.expand(*positions.shape[:-2], -1, -1)
     return Shortened(
         embeds=out,
         mask=None if min(lengths) == width else keep.gather(1, order),
-        positions=moved.gather(1, order),
+        positions=moved.gather(-1, index),
         removed=removed[:, -1:] if compact else None,
         keep=keep,
+        order=order,
         restore=slot.maximum(shift),
         lengths=tuple(lengths),
+        slots=slots,
     )
 
 
@@ -196,13 +294,23 @@ def _slot_counts(selection: Selection) -> list[int]:
     return [selection.index.shape[1]] * len(selection.index)
 
 
-def _write(out: Tensor, selection: Selection, slot: Tensor, places: Tensor, end: int) -> Tensor:
+def _write(out: Tensor, selection: Selection, where: Tensor) -> Tensor:
     """The rows `out [B, K, D]` with the merged tokens in their slots."""
     batch, width, model = out.shape
-    row = torch.arange(batch, device=out.device)[:, None] * width
-    target = torch.cat([(slot + row).flatten(), slot.new_full((1,), batch * width)])[places]
     tokens = selection.tokens.reshape(-1, model).to(out.dtype)
     flat = out.reshape(-1, model)
     if selection.padded:  # the extra place at the end takes what has none
         flat = torch.cat([flat, flat.new_zeros(1, model)])
-    return flat.index_copy(0, target, tokens)[: batch * width].view(batch, width, model)
+    return flat.index_copy(0, where, tokens)[: batch * width].view(batch, width, model)
+
+
+def merge_alike(selection: Selection, values: Tensor, blend: float) -> Tensor:
+    """Other features `[R, N, D]` of the same tokens, merged as `selection` merged: `[R, S, D]`."""
+    slots = selection.index.shape[1]
+    device = values.device
+    joined = selection.assign[:, None, :] == torch.arange(slots, device=device)[None, :, None]
+    own = selection.index[:, :, None] == torch.arange(values.shape[1], device=device)
+    weight = torch.where(own, 1.0, blend * joined.float())
+    weight = weight / weight.sum(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    weight = weight.masked_fill(selection.index[:, :, None] < 0, 0.0)
+    return (weight @ values.float()).to(values.dtype)

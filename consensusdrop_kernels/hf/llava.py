@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .adapter import Adapter, Encoded, register
+from .adapter import Adapter, Encoded, Source, register
 from .tap import Tapped
 
 
@@ -45,21 +45,22 @@ def _encode(
     model: nn.Module, tapped: list[Tapped] | None, output: Any, arguments: Mapping[str, Any]
 ) -> Encoded:
     features = output.pooler_output
-    tokens = features[0].shape[0] if len(features) else 0
+    tokens = tuple(len(image) for image in features)
     config: Any = model.config
     pixels = arguments["pixel_values"]
     patch = config.vision_config.patch_size
-    grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+    grids = ((pixels.shape[-2] // patch, pixels.shape[-1] // patch),) * len(tokens)
     if tapped is None:
-        return Encoded(tokens, len(features), grid)
-    if len(tapped) != 1 or tapped[0].k.shape[::2] != (len(features), tokens + 1):
+        return Encoded(tokens, grids)
+    each = tokens[0] if tokens else 0
+    if len(tapped) != 1 or tapped[0].k.shape[::2] != (len(tokens), each + 1):
         raise RuntimeError(
-            f"the tapped attention must see {len(features)} images of {tokens} patches and a class "
+            f"the tapped attention must see {len(tokens)} images of {each} patches and a class "
             f"token once, got keys {[tuple(t.k.shape) for t in tapped]}"
         )
     q, k, scale = tapped[0]
     # Cloned: a view of the class row would hold the queries of all patches alive.
-    return Encoded(tokens, len(features), grid, q[:, :, :1].clone(), k, 1, scale)
+    return Encoded(tokens, grids, q[:, :, :1].clone(), k, 1, scale)
 
 
 LLAVA = register(
@@ -67,9 +68,13 @@ LLAVA = register(
         model_types=("llava",),
         outer="model",
         text="model.language_model",
-        layers="model.vision_tower.encoder.layers",
-        attention="self_attn",
-        tap_layer=_tap_layer,
-        encode=_encode,
+        sources=(
+            Source(
+                layers="model.vision_tower.encoder.layers",
+                attention="self_attn",
+                tap_layer=_tap_layer,
+                encode=_encode,
+            ),
+        ),
     )
 )

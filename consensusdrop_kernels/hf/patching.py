@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..methods.base import Method
+from ..methods.base import Method, check_choice
 from . import adapter as adapters
 from .adapter import Adapter
 from .hooks import Hooks
@@ -71,6 +71,7 @@ def patch(
     adapter: Adapter | None = None,
     processor: Any = None,
     keep_signals: bool = True,
+    breaks: str = "drop",
     replace: bool = False,
 ) -> Handle:
     """Make a Hugging Face vision-language model spend fewer tokens on each image.
@@ -105,6 +106,8 @@ def patch(
             question.
         keep_signals: keep what `handle.last.scores` is computed from until the next prefill (the
             encoder's keys of one layer and the prompt's embeddings).
+        breaks: what becomes of image features that are no patches (line breaks of LLaVA-NeXT, class
+            tokens of Video-LLaVA) where an image is pruned: "drop", or "keep", beyond the budget.
         replace: remove an earlier patch first.
 
     Returns:
@@ -122,6 +125,7 @@ def patch(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__} "
             "(inside a wrapper such as PEFT, patch the base model)"
         )
+    check_choice("breaks", breaks, ("drop", "keep"))
     _check_version()
     found = adapters.find(model.config) if adapter is None else adapter
     _check_parts(model, found)
@@ -131,7 +135,7 @@ def patch(
         raise RuntimeError(
             "the model is patched already: remove() the first handle, or pass replace=True"
         )
-    hooks = Hooks(model, found, method, _special_ids(processor), keep_signals)
+    hooks = Hooks(model, found, method, _special_ids(processor), keep_signals, breaks == "keep")
     if earlier is not None:
         earlier.remove()
     hooks.install()
@@ -165,7 +169,7 @@ def _check_version() -> None:
 
 
 def _check_parts(model: nn.Module, adapter: Adapter) -> None:
-    for path in (adapter.outer, adapter.text, adapter.layers):
+    for path in (adapter.outer, adapter.text, *(source.layers for source in adapter.sources)):
         try:
             model.get_submodule(path)
         except AttributeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import QueryRule, TextProbe
-from .layout import Layout
+from .layout import Group
 from .query import padded_rows, question_mask
 
 
@@ -40,19 +41,19 @@ class StaticProbe:
     Args:
         text: the decoder stack.
         embeds: its input `[B, L, D]`.
-        positions: `[B, L]`, of the full prompt.
-        layout: where the images are.
+        positions: `[B, L]`, of the full prompt, or `[3, B, L]`, `[4, B, L]`.
+        group: where the images are.
         special: ids that are no question, or None.
     """
 
     def __init__(
-        self, text: nn.Module, embeds: Tensor, positions: Tensor, layout: Layout,
+        self, text: nn.Module, embeds: Tensor, positions: Tensor, group: Group,
         special: Tensor | None,
     ) -> None:  # fmt: skip
         self._text: Any = text
         self._embeds = embeds.detach()
         self._positions = positions
-        self._layout = layout
+        self._group = group
         self._special = special
         self._done: dict[Any, TextProbe] = {}
 
@@ -66,9 +67,12 @@ class StaticProbe:
         return self._done[key]
 
     def _compute(self, layer: int, rotary: bool, context: str, query: str | QueryRule) -> TextProbe:
-        place, embeds = self._layout, self._embeds
-        mask = question_mask(query, place.ids, place.visual, place.asking, self._special)
-        index, live = padded_rows(mask & place.visual.any(1, keepdim=True))
+        place, embeds = self._group, self._embeds
+        prompt = place.layout
+        mask = question_mask(query, prompt.ids, prompt.visual, prompt.asking, self._special)
+        here = torch.zeros(len(mask), dtype=torch.bool)
+        here[list(place.sample_list)] = True
+        index, live = padded_rows(mask & here[:, None])
         weight = live[list(place.sample_list)]
         if context == "all":  # a row sees no image that comes after it
             weight &= index[list(place.sample_list)] >= torch.tensor(place.end_list)[:, None]
@@ -80,12 +84,12 @@ class StaticProbe:
         if context == "all":
             k_all = project.keys(embeds, None)
             # A supervised answer to an earlier question must not show in a later one's rows.
-            seen = place.asking | (place.valid & place.visual)
+            seen = prompt.asking | (prompt.valid & prompt.visual)
             lse = _row_lse(q, k_all, index, seen.to(embeds.device), project.scale)
             lse = lse[place.sample]
             k = _take_keys(k_all, place)
         else:
-            k = project.keys(place.tokens(embeds), place.columns, place.sample)
+            k = project.keys(place.take(embeds), place.columns, place.sample)
         asked = tuple(weight.any(1).tolist())
         weight = weight.to(embeds.device).float()
         return TextProbe(q[place.sample], k, project.scale, lse, weight, asked)
@@ -96,6 +100,7 @@ class _Projection:
 
     def __init__(self, text: Any, layer: int, positions: Tensor | None) -> None:
         self._text = text
+        self._layer = layer
         self._norm = text.layers[layer].input_layernorm
         self._attention = text.layers[layer].self_attn
         self._positions = positions
@@ -122,9 +127,16 @@ class _Projection:
     ) -> Tensor:
         if self._positions is None:
             return heads
-        where = self._positions if sample is None else self._positions[sample]
-        where = where if index is None else where.gather(1, index)
-        cos, sin = self._text.rotary_emb(x, position_ids=where)
+        where = self._positions if sample is None else self._positions[..., sample, :]
+        if index is not None:
+            where = where.gather(-1, index.expand(*where.shape[:-2], -1, -1))
+        if where.dim() == 3 and len(where) == 4:  # the first row only tells sequences apart
+            where = where[1:]
+        rotary = self._text.rotary_emb
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            cos, sin = rotary(x, where, self._text.config.layer_types[self._layer])
+        else:
+            cos, sin = rotary(x, where)
         # The model's own function: families pair the channels in different ways.
         rotate: Callable[..., Any] = sys.modules[
             type(self._attention).__module__
@@ -136,10 +148,10 @@ def _take(embeds: Tensor, index: Tensor) -> Tensor:
     return embeds.gather(1, index[:, :, None].expand(-1, -1, embeds.shape[2]))
 
 
-def _take_keys(k: Tensor, layout: Layout) -> Tensor:
+def _take_keys(k: Tensor, group: Group) -> Tensor:
     """Keys of each image's tokens, `[R, Hk, N, d]`, of those of whole prompts `[B, Hk, L, d]`."""
-    index = layout.columns[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-    return k[layout.sample].gather(2, index)
+    index = group.columns[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+    return k[group.sample].gather(2, index)
 
 
 def _row_lse(q: Tensor, k: Tensor, index: Tensor, valid: Tensor, scale: float) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..methods.base import Scores, Selection
@@ -14,21 +16,34 @@ from .layout import Layout, Shortened
 class Pruning:
     """One prefill. `R` images in `B` prompts of `L` tokens, `N` visual tokens each.
 
+    Where images have different sizes, `N` and `S` are those of the largest, and the others padded.
+
     Attributes:
         selection: what became of the visual tokens: `tokens [R, S, D]`, `index [R, S]`,
-            `assign [R, N]`, `size [R, S]`.
+            `assign [R, N]`, `size [R, S]`; -1 on padding.
         sample: the prompt that each image belongs to, length `R`.
-        grid: height and width of the patch grid.
+        grids: height and width of the patch grid of each image.
         tokens_before, tokens_after: visual tokens of each prompt, length `B`.
         keep_mask: `[B, L]` bool, the tokens of the prompt that the LLM saw.
     """
 
     selection: Selection
     sample: tuple[int, ...]
-    grid: tuple[int, int]
+    grids: tuple[tuple[int, int], ...]
     tokens_before: tuple[int, ...]
     tokens_after: tuple[int, ...]
     keep_mask: Tensor
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The grid that all images have.
+
+        Raises:
+            ValueError: they have several.
+        """
+        if len(set(self.grids)) != 1:
+            raise ValueError(f"the images have grids of their own, see grids: {self.grids}")
+        return self.grids[0]
 
     @property
     def scores(self) -> Scores:
@@ -40,19 +55,66 @@ class Pruning:
         return self.selection.scores
 
     @classmethod
-    def of(
-        cls, selection: Selection, grid: tuple[int, int], layout: Layout, short: Shortened | None
-    ) -> Pruning:
+    def of(cls, chosen: Sequence[Selection], layout: Layout, short: Shortened | None) -> Pruning:
         """The report of a prefill; `short` is None where nothing was dropped."""
         before = layout.visual.sum(1).tolist()
         if short is None:
-            keep = layout.valid.to(layout.sample.device)
+            keep = layout.valid.to(layout.device)
             after = before
         else:
             keep = short.keep
             text = (layout.valid & ~layout.visual).sum(1).tolist()
             after = [n - t for n, t in zip(short.lengths, text, strict=True)]
-        return cls(selection, layout.sample_list, grid, tuple(before), tuple(after), keep)
+        order = [i for group in layout.groups for i in group.members]
+        return cls(
+            _join(chosen, order),
+            tuple(place.row for place in layout.places),
+            tuple(place.grid for place in layout.places),
+            tuple(before),
+            tuple(after),
+            keep,
+        )
+
+
+def _join(chosen: Sequence[Selection], order: list[int]) -> Selection:
+    """The selections of several groups as one, that of image `order[i]` the i-th of them."""
+    if len(chosen) == 1 and order == sorted(order):
+        return chosen[0]
+    slots = max(s.index.shape[1] for s in chosen)
+    tokens = max(s.assign.shape[1] for s in chosen)
+    back = torch.tensor(order).argsort()
+
+    def join(parts: list[Tensor], width: int, fill: float) -> Tensor:
+        padded = [_padded(part, width, fill) for part in parts]
+        return torch.cat(padded)[back.to(padded[0].device)]
+
+    def scores() -> Scores:
+        found = [s.scores for s in chosen]
+        asked = all(f.textual is not None for f in found)
+        return Scores(
+            join([f.visual for f in found], tokens, -torch.inf),
+            join([f.textual for f in found if f.textual is not None], tokens, -torch.inf)
+            if asked
+            else None,
+            join([f.fused for f in found], tokens, -torch.inf),
+        )
+
+    return Selection(
+        join([s.tokens for s in chosen], slots, 0.0),
+        join([s.index for s in chosen], slots, -1),
+        join([s.assign for s in chosen], tokens, -1),
+        join([s.size for s in chosen], slots, 0.0),
+        padded=True,
+        score_fn=scores if all(s.score_fn is not None for s in chosen) else None,
+    )
+
+
+def _padded(part: Tensor, width: int, fill: float) -> Tensor:
+    missing = width - part.shape[1]
+    if missing == 0:
+        return part
+    pad = part.new_full((part.shape[0], missing, *part.shape[2:]), fill)
+    return torch.cat([part, pad], 1)
 
 
 @dataclass(frozen=True)

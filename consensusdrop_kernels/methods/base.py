@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-POSITIONS = ("compact", "original")
+POSITIONS = (None, "compact", "original")
+SCOPES = ("image", "crop")
 QUERIES = ("after_image", "all_text", "last_token")
 CONTEXTS = ("visual", "all")
 
@@ -59,13 +60,17 @@ class Signals:
 
     Attributes:
         x: projected visual tokens, the LLM's own input, `[R, N, D]`.
-        grid: height and width of the patch grid, `h * w = N`.
+        grid: height and width of the patch grid; `h * w` is not `N` where some patches are no
+            tokens of their own.
         q_vis: encoder query rows that speak for the image (the CLS row; every row, without CLS),
             `[R, Hv, Mv, dv]`; None if the method does not need "encoder".
         k_vis: encoder keys of the same layer, `[R, Hv, P+N, dv]`; None likewise.
         prefix: `P`.
         scale_vis: what the encoder layer multiplies `q k` by; None is `dv ** -0.5`.
         valid: `[R, N]` bool, False on padding; None: all are tokens.
+        visual: `[R, N]` float32, the encoder's saliency where patches are not tokens one by one;
+            then `q_vis` and `k_vis` are None.
+        metric: `[R, N, F]`, what to merge by, likewise.
         probe: computes the question's rows when called; None if the method does not need "text".
     """
 
@@ -76,6 +81,8 @@ class Signals:
     prefix: int = 0
     scale_vis: float | None = None
     valid: Tensor | None = None
+    visual: Tensor | None = None
+    metric: Tensor | None = None
     probe: ProbeFn | None = None
 
     def rows(self, index: Tensor) -> Signals:
@@ -136,14 +143,19 @@ class Selection:
 class Method(ABC):
     """Base of all methods: override `select`, and `needs` if it needs less than everything.
 
-    A subclass is a frozen dataclass with at least a `keep` field. `positions` and `query` tell the
-    model's side how to number the shorter sequence and which rows are the question; fields of
-    these names override the defaults here.
+    A subclass is a frozen dataclass with at least a `keep` field. `positions`, `query`,
+    `budget_scope` and `blend` tell the model's side how to number the shorter sequence, which rows
+    are the question, whether crops of an image compete with each other ("image") or have budgets of
+    their own ("crop"), and how what belongs to the tokens is merged along; fields of these names
+    override the defaults here. `positions` None is the model's own way: "compact", or "original"
+    where positions have height and width.
     """
 
     keep: int | float
-    positions: str = "compact"
+    positions: str | None = None
+    budget_scope: str = "image"
     query: str | QueryRule = "after_image"
+    blend: float = 1.0
 
     @property
     def needs(self) -> frozenset[str]:
@@ -179,6 +191,28 @@ class Method(ABC):
         return Selection(signals.x, every, every, size)
 
 
+def encoder_saliency(signals: Signals) -> Tensor:
+    """How much the encoder attends to each token, `[R, N]` float32.
+
+    Raises:
+        ValueError: the signals hold nothing of the encoder.
+    """
+    if signals.visual is not None:
+        return signals.visual
+    if signals.q_vis is None or signals.k_vis is None:
+        raise ValueError('the method must name "encoder" in its needs')
+    key_valid = signals.valid
+    if key_valid is not None and signals.prefix:
+        key_valid = torch.nn.functional.pad(key_valid, (signals.prefix, 0), value=True)
+    return torch.ops.cdrop.attention_saliency(
+        signals.q_vis,
+        signals.k_vis,
+        scale=signals.scale_vis,
+        key_valid=key_valid,
+        prefix=signals.prefix,
+    )
+
+
 def keep_count(keep: int | float, tokens: int) -> int:
     """A budget as a number of tokens: an int is the count, a float a share of `tokens`.
 
@@ -203,10 +237,10 @@ def check_keep(keep: Any) -> None:
     raise ValueError(f"keep must be a count >= 1 (int) or a share in (0, 1] (float), got {keep!r}")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def check_count(name: str, value: Any, least: int = 0) -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .._checks import FUSIONS
+from ..reference import contextual_slots
 from .base import (
     CONTEXTS,
     POSITIONS,
     QUERIES,
+    SCOPES,
     Method,
     QueryRule,
     Scores,
@@ -24,6 +26,7 @@ from .base import (
     check_count,
     check_keep,
     check_range,
+    encoder_saliency,
     keep_count,
 )
 
@@ -61,7 +64,10 @@ class ConsensusDrop(Method):
         threshold: cosine below which a dropped token joins nothing; -1 merges every token.
         blend: 1 merges by the true mean, 0 leaves the kept token as it is.
         positions: "compact" numbers what is left without gaps (as the research codes do),
-            "original" leaves each token its own position.
+            "original" leaves each token its own position; None is "compact", but "original" in
+            models whose positions have height and width (M-RoPE).
+        budget_scope: "image": the crops (or frames) of an image compete for one budget; "crop":
+            each has its own.
         query: which text is the question: "after_image" (all text after the last image token),
             "all_text", "last_token", or a callable `(input_ids [B, L], visual [B, L],
             valid [B, L]) -> bool [B, L]` on CPU tensors. Text that a call wants predicted is
@@ -82,7 +88,8 @@ class ConsensusDrop(Method):
     contextual: int = 0
     threshold: float = -1.0
     blend: float = 1.0
-    positions: str = "compact"
+    positions: str | None = None
+    budget_scope: str = "image"
     query: str | QueryRule = "after_image"
 
     def __post_init__(self) -> None:
@@ -98,6 +105,7 @@ class ConsensusDrop(Method):
         check_range("threshold", self.threshold, -1.0, 1.0)
         check_range("blend", self.blend, 0.0, 1.0)
         check_choice("positions", self.positions, POSITIONS)
+        check_choice("budget_scope", self.budget_scope, SCOPES)
         if not callable(self.query):
             check_choice("query", self.query, QUERIES)
 
@@ -154,6 +162,8 @@ class ConsensusDrop(Method):
         return probe._replace(q=probe.q[:, :, -1:], lse=lse, weight=probe.weight[:, -1:])
 
     def _merge(self, signals: Signals, probe: TextProbe | None) -> Selection:
+        if signals.visual is not None:
+            return self._merge_by_parts(signals, probe)
         tokens, index, assign, size = torch.ops.cdrop.select_merge(
             signals.x,
             signals.q_vis,
@@ -176,36 +186,57 @@ class ConsensusDrop(Method):
         )
         return Selection(tokens, index, assign, size, padded=signals.valid is not None)
 
+    def _merge_by_parts(self, signals: Signals, probe: TextProbe | None) -> Selection:
+        """The same, where the encoder's saliency comes as scores of the tokens."""
+        keep = keep_count(self.keep, signals.x.shape[1])
+        index, _ = torch.ops.cdrop.consensus_select(
+            signals.visual,
+            None if probe is None else self._textual(signals, probe),
+            keep,
+            alpha=self.alpha,
+            fusion=self.fusion,
+            valid=signals.valid,
+        )
+        tokens, assign, size = torch.ops.cdrop.token_merge(
+            signals.x,
+            signals.metric,
+            index,
+            contextual=self.contextual,
+            valid=signals.valid,
+            threshold=self.threshold,
+            blend=self.blend,
+        )
+        if self.contextual > 0:
+            references = contextual_slots(assign >= keep, self.contextual)
+            index = torch.cat([index, references], 1)
+        # Fewer than `contextual` may have been dropped only where a budget takes nearly all.
+        few = keep + 2 * self.contextual > signals.x.shape[1]
+        padded = signals.valid is not None or (self.contextual > 0 and few)
+        return Selection(tokens, index, assign, size, padded=padded)
+
     @property
     def _reduce(self) -> str:
         return "max" if self.rows == "max" else "mean"
 
     def scores(self, signals: Signals) -> Scores:
         """The two saliencies and their consensus, by the parts of the fused op."""
-        saliency = torch.ops.cdrop.attention_saliency
-        key_valid = signals.valid
-        if key_valid is not None and signals.prefix:
-            key_valid = torch.nn.functional.pad(key_valid, (signals.prefix, 0), value=True)
-        visual = saliency(
-            signals.q_vis,
-            signals.k_vis,
-            scale=signals.scale_vis,
-            key_valid=key_valid,
-            prefix=signals.prefix,
-        )
+        visual = encoder_saliency(signals)
         probe = self._probe(signals)
         textual = None
         if probe is not None and any(probe.asked):
-            textual = saliency(
-                probe.q,
-                probe.k,
-                scale=probe.scale,
-                lse=probe.lse,
-                key_valid=signals.valid,
-                query_weight=probe.weight,
-                reduce=self._reduce,
-            )
+            textual = self._textual(signals, probe)
         return Scores(visual, textual, self._fused(visual, textual, probe, signals))
+
+    def _textual(self, signals: Signals, probe: TextProbe) -> Tensor:
+        return torch.ops.cdrop.attention_saliency(
+            probe.q,
+            probe.k,
+            scale=probe.scale,
+            lse=probe.lse,
+            key_valid=signals.valid,
+            query_weight=probe.weight,
+            reduce=self._reduce,
+        )
 
     def _fused(
         self, visual: Tensor, textual: Tensor | None, probe: TextProbe | None, signals: Signals

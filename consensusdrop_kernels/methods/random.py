@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import POSITIONS, Method, Selection, Signals, check_choice, check_count, check_keep
+from .base import (
+    POSITIONS,
+    SCOPES,
+    Method,
+    Selection,
+    Signals,
+    check_choice,
+    check_count,
+    check_keep,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,7 @@ class Random(Method):
     Args:
         keep: tokens kept per image: a count (int) or a share in (0, 1] (float).
         seed: of the draw, >= 0.
-        positions: "compact" or "original", see `ConsensusDrop`.
+        positions, budget_scope: see `ConsensusDrop`.
 
     Raises:
         ValueError: an option is not as above.
@@ -27,12 +36,14 @@ class Random(Method):
 
     keep: int | float
     seed: int = 0
-    positions: str = "compact"
+    positions: str | None = None
+    budget_scope: str = "image"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_count("seed", self.seed)
         check_choice("positions", self.positions, POSITIONS)
+        check_choice("budget_scope", self.budget_scope, SCOPES)
 
     @property
     def needs(self) -> frozenset[str]:

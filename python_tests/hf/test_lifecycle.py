@@ -123,7 +123,7 @@ def test_a_failed_encoder_leaves_nothing_recording() -> None:
     with patch(model, ConsensusDrop(keep=3)) as handle:
         with pytest.raises(ValueError, match="size"):
             model(**batch(WORDS), pixel_values=pixels(1)[..., :16])
-        assert handle._hooks._tap._calls.local.tapped is None
+        assert handle._hooks._taps[0]._calls.local.tapped is None
 
 
 def test_a_failed_call_does_not_spoil_the_next() -> None:

@@ -57,7 +57,8 @@ def signals(rows: int = 2, tokens: int = 12, *, seed: int = 0, weights: Any = No
         ({"contextual": -1}, "contextual must be"),
         ({"threshold": -1.5}, "threshold must be"),
         ({"blend": 2}, "blend must be"),
-        ({"positions": "same"}, "positions must be one of compact, original"),
+        ({"positions": "same"}, "positions must be one of None, compact, original"),
+        ({"budget_scope": "frame"}, "budget_scope must be one of image, crop"),
         ({"query": "last_turn"}, "query must be one of"),
     ],
 )
@@ -75,7 +76,7 @@ def test_options_of_random_are_checked(options: dict[str, Any]) -> None:
 
 
 def test_what_is_not_there_yet_is_no_option() -> None:
-    for name in ("probe", "coverage", "size_attention", "budget_scope"):
+    for name in ("probe", "coverage", "size_attention"):
         with pytest.raises(TypeError, match=name):
             ConsensusDrop(keep=4, **{name: 1})
     with pytest.raises(FrozenInstanceError):
