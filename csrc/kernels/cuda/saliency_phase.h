@@ -321,8 +321,8 @@ CDROP_DEVICE float factor_of(const C& c, int row) {
   }
   if (s.lse == nullptr) {
     const float largest = maximum_of(c, row);
-    if (largest == -c.g.infinity()) return 0.0f;  // every key is masked
-    if (!c.g.is_finite(largest)) return c.g.nan();
+    if (largest != largest) return largest;
+    if (!c.g.is_finite(largest)) return 0.0f;  // every key is masked, or its sum is infinite
     return c.g.div_rn(share, from_fixed(peer<uint64_t>(c, row % c.plan.ranks,
                                                        c.plan.at.sums)[row / c.plan.ranks]));
   }
