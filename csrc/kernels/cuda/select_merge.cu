@@ -150,6 +150,15 @@ class ClusterGroup : public Block {
   __device__ char* peer(int rank) const {
     return cg::this_cluster().map_shared_rank(area_, static_cast<unsigned>(rank));
   }
+  // The device adds 32 bits anywhere in a cluster by itself. For 64 there is a loop of
+  // compare-and-swap, on a block's own shared memory alone: so the lower half tells its carry.
+  using Block::atomic_add;
+  __device__ void atomic_add(uint64_t* at, uint64_t value) const {
+    uint32_t* halves = reinterpret_cast<uint32_t*>(at);
+    const uint32_t low = static_cast<uint32_t>(value);
+    const uint32_t carry = atomicAdd(halves, low) + low < low ? 1 : 0;
+    atomicAdd(halves + 1, static_cast<uint32_t>(value >> 32) + carry);
+  }
   __device__ void sync_group() const { cg::this_cluster().sync(); }
   __device__ void arrive() const { cg::this_cluster().barrier_arrive(); }
   __device__ void wait() const { cg::this_cluster().barrier_wait(); }
