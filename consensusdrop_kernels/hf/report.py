@@ -23,6 +23,7 @@ class Pruning:
             `assign [R, N]`, `size [R, S]`; -1 on padding.
         sample: the prompt that each image belongs to, length `R`.
         grids: height and width of the patch grid of each image.
+        columns: the places of each image's tokens in its prompt, int64 `[N_i]` on the CPU.
         tokens_before, tokens_after: visual tokens of each prompt, length `B`.
         keep_mask: `[B, L]` bool, the tokens of the prompt that the LLM saw.
     """
@@ -30,6 +31,7 @@ class Pruning:
     selection: Selection
     sample: tuple[int, ...]
     grids: tuple[tuple[int, int], ...]
+    columns: tuple[Tensor, ...]
     tokens_before: tuple[int, ...]
     tokens_after: tuple[int, ...]
     keep_mask: Tensor
@@ -70,6 +72,7 @@ class Pruning:
             _join(chosen, order),
             tuple(place.row for place in layout.places),
             tuple(place.grid for place in layout.places),
+            tuple(place.columns for place in layout.places),
             tuple(before),
             tuple(after),
             keep,
