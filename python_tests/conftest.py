@@ -9,7 +9,7 @@ import os
 # times slower, because they keep out the thread they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -52,6 +52,10 @@ class Backend:
     def place_all(self, args: dict[str, object]) -> dict[str, object]:
         return {name: self.place(value) for name, value in args.items()}
 
+    def own(self, op: Callable) -> Callable:
+        """What runs `op` here: the op itself, but for kernels that are not behind it."""
+        return op
+
 
 def why_missing(name: str) -> str | None:
     """The reason a backend can't run here, or None when it can."""
@@ -64,9 +68,10 @@ def why_missing(name: str) -> str | None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs a test that takes `backend` once for each one that is here.
 
-    The missing ones are skipped once, in `test_backends.py`, not a thousand times.
+    The missing ones are skipped once, in `test_backends.py`, not a thousand times. A module may
+    have a fixture `backend` of its own.
     """
-    if "backend" in metafunc.fixturenames:
+    if "backend" in metafunc.fixturenames and not hasattr(metafunc.module, "backend"):
         here = [name for name in BACKENDS if why_missing(name) is None]
         if interpreted():  # slow, and the other backends have a run of their own
             here = ["triton"]
