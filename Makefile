@@ -7,7 +7,8 @@ VENV ?= .venv
 
 BIN := $(abspath $(VENV))/bin
 PIP := PATH="$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check install -q
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
+EMULATION := $(wildcard python_tests/cuda_kernels/*.cpp python_tests/cuda_kernels/*.h)
 # One stamp for each torch that is asked for, so that another one is installed when TORCH changes.
 TOOLS := $(VENV)/.tools-$(subst /,_,$(subst =,-,$(firstword $(TORCH))))
 LATEST := $(abspath $(VENV))/transformers-latest
@@ -41,13 +42,13 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(EMULATION)
 	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(EMULATION)
 
 test: lint test-latest test-all test-triton
 

@@ -135,7 +135,8 @@ def test_what_is_launched_fits_the_device():
 
 
 def regions(sizes: Sizes, p: SimpleNamespace) -> dict[str, dict[str, int]]:
-    """What the kernel puts into each region, in bytes: by itself always, or in one phase."""
+    """What the kernel puts into each region, in bytes: always, from the choice on, or in one phase;
+    "peer" lies in an area of its own."""
     slots = sizes.keep + sizes.contextual
     mine = ceil_div(p.rows, p.ranks)
     return {
@@ -149,6 +150,8 @@ def regions(sizes: Sizes, p: SimpleNamespace) -> dict[str, dict[str, int]]:
         },
         "always": {
             "peers": p.at.peer_bytes if p.path == "cluster" else 0,
+        },
+        "chosen": {
             "scratch": 8 * WARPS,
             "histogram": 4 * 256,
             "own": 4 * slots,
@@ -178,6 +181,8 @@ def test_no_region_of_a_phase_overlaps_another():
         assert known | {"peer_bytes"} == set(vars(p.at))
         for phase, its in all_regions.items():
             together = its if phase == "peer" else {**all_regions["always"], **its}
+            if phase not in ("peer", "saliency"):
+                together |= all_regions["chosen"]
             end = 0
             for begin, size, name in sorted(
                 (getattr(p.at, n), size, n) for n, size in together.items()
@@ -212,7 +217,7 @@ def test_one_image_takes_the_whole_device():
 
 
 @pytest.mark.parametrize(
-    ("batch", "rows_txt", "ranks"), [(8, 8, 16), (16, 8, 8), (32, 4, 4), (64, 1, 2)]
+    ("batch", "rows_txt", "ranks"), [(8, 8, 16), (16, 8, 8), (32, 8, 4), (64, 1, 2)]
 )
 def test_many_images_take_a_cluster_each(batch, rows_txt, ranks):
     """The largest that leaves no sample waiting."""

@@ -65,7 +65,8 @@ LaunchPlan lay_out(const SelectMergeParams& p, Path path, int64_t ranks) {
   plan.at.slots = all.take(2 * tokens);
   const int64_t arena = all.end();
 
-  Packer saliency(arena);
+  // Before the choice there is nothing in what lives through the phases after it.
+  Packer saliency(plan.at.scratch);
   plan.at.visual_logits = saliency.take(4 * visual_rows * plan.visual_columns);
   plan.at.textual_logits = saliency.take(4 * textual_rows * plan.textual_columns);
   plan.at.factors = saliency.take(4 * plan.rows);
