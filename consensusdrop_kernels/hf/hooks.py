@@ -306,8 +306,8 @@ class Hooks:
         embeds = kwargs["inputs_embeds"]
         valid = padding(prefill.mask, prefill.cache, embeds)
         layout = locate(
-            [self._placeholders(at, prefill.ids) for at in range(len(self._adapter.sources))],
-            prefill.encoded, valid, prefill.ids, embeds.device, self.method.budget_scope == "crop",
+            self._masks(prefill), prefill.encoded, valid, prefill.ids, embeds.device,
+            self.method.budget_scope == "crop",
         )  # fmt: skip
         layout = _prompt_alone(layout, prefill.wanted)
         positions = full_positions(kwargs.get("position_ids"), embeds)
@@ -370,6 +370,23 @@ class Hooks:
 
     def _placeholders(self, at: int, ids: Tensor) -> Tensor:
         return ids == getattr(self._model.config, self._adapter.sources[at].visual_id)
+
+    def _masks(self, prefill: _Prefill) -> list[Tensor]:
+        """The placeholders `[B, L]` of every source. Images and videos may have the same one: then
+        all are of the source that was encoded."""
+        ids = [getattr(self._model.config, source.visual_id) for source in self._adapter.sources]
+        used = [n for n, found in zip(ids, prefill.encoded, strict=True) if found is not None]
+        if len(used) != len(set(used)):
+            raise NotImplementedError(
+                f"images and videos have the same placeholder {used[0]} in this model: pass one "
+                "kind in a call"
+            )
+        return [
+            torch.zeros_like(prefill.ids, dtype=torch.bool)
+            if found is None and n in used
+            else prefill.ids == n
+            for n, found in zip(ids, prefill.encoded, strict=True)
+        ]
 
     def _signals(
         self, embeds: Tensor, positions: Tensor, group: Group, found: list[Encoded | None]

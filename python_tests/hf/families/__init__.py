@@ -32,6 +32,7 @@ class Family:
         image_ids: the placeholder ids, which must never be generated.
         spatial: positions have height and width.
         keep: a budget that prunes every image of the samples.
+        beams: whether the stock model can search with beams, in this version of transformers.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     join: Callable[[list[Inputs]], Inputs]
     spatial: bool = False
     keep: int | float = 0.4
+    beams: bool = True
 
     def model(self) -> Any:
         """A model of its own for every caller, always with the same weights."""
