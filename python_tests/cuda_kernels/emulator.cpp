@@ -337,6 +337,16 @@ class Group {
 
 // --- a launch ------------------------------------------------------------------------------------
 
+struct ClusterGroup : Group {
+  using Group::Group;
+  static constexpr bool kAreasEnd = true;
+};
+
+struct GridGroup : Group {
+  using Group::Group;
+  static constexpr bool kAreasEnd = false;
+};
+
 constexpr size_t kGuard = 4096;
 
 void fill(std::vector<char>& memory, size_t bytes) { memory.assign(bytes + kGuard, '\xff'); }
@@ -357,9 +367,16 @@ void run_blocks(const SelectMergeParams& params, const LaunchPlan& plan, int fir
   Scheduler fibers(count * cuda::kThreads);
   fibers.run(order, [&](int fiber) {
     const int at = fiber / cuda::kThreads, block = first_block + at;
-    Group group(fiber % cuda::kThreads, block % plan.ranks, block / plan.ranks,
-                memory.data() + at - block % plan.ranks, meeting, plan, workspace.data());
-    cuda::select_merge_body(group, params, plan, first_sample);
+    const auto run = [&]<class Blocks>(Blocks group) {
+      cuda::select_merge_body(group, params, plan, first_sample);
+    };
+    BlockMemory* sample = memory.data() + at - block % plan.ranks;
+    const int thread = fiber % cuda::kThreads, rank = block % plan.ranks;
+    if (plan.path == Path::kCluster) {
+      run(ClusterGroup(thread, rank, block / plan.ranks, sample, meeting, plan, workspace.data()));
+    } else {
+      run(GridGroup(thread, rank, block / plan.ranks, sample, meeting, plan, workspace.data()));
+    }
   });
   for (const BlockMemory& block : memory) check_guard(block.shared, "shared memory");
 }

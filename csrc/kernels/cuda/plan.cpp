@@ -42,7 +42,9 @@ LaunchPlan lay_out(const SelectMergeParams& p, Path path, int64_t ranks) {
   plan.textual_columns = static_cast<int>(n + 1);
   plan.columns = static_cast<int>(round_up(ceil_div(p.merge.width, ranks), 32));
   plan.block_columns = std::min(plan.columns, 128);
-  plan.segment = static_cast<int>(std::max<int64_t>(16, round_up(ceil_div(tokens, 128), 16)));
+  // Pieces of a sum such that every thread has one of eight columns, and none a second one.
+  const int64_t pieces = std::max<int64_t>(1, kThreads / (plan.block_columns / 8));
+  plan.segment = static_cast<int>(std::max<int64_t>(8, round_up(ceil_div(tokens, pieces), 4)));
   // Rows of the metric end 4 words past a multiple of 8: fragments of 8 rows meet no bank twice.
   plan.metric_stride = static_cast<int>(round_up(p.merge.metric_width, 8) + 4);
   plan.stage_targets = static_cast<int>(
@@ -149,7 +151,8 @@ LaunchPlan plan_select_merge(const SelectMergeParams& params, const DeviceLimits
   }
   LaunchPlan plan = grid.path != Path::kNone ? grid : cluster;
   if (plan.path == Path::kNone) {
-    plan.reason = "its logits don't fit the shared memory of the device";
+    plan.reason =
+        "its logits, or the keys of its tokens, don't fit the shared memory of the device";
     return plan;
   }
   // Small enough that what is fetched early is still there when it is wanted.

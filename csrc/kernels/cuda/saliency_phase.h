@@ -196,7 +196,7 @@ CDROP_DEVICE void wide_logits(const C& c, const SaliencyParams& s, int side, flo
         Eight<T> up{}, low{};
         if (32 * step + 8 * t < width) {
           up = load_wide(upper_row + 32 * step);
-          low = load_wide(lower_row + 32 * step);
+          if (base + 8 < all) low = load_wide(lower_row + 32 * step);
         }
         c.g.multiply(sum, up, low, kHeld > 0 ? keys[step] : load_key(step));
       }

@@ -143,6 +143,7 @@ class Block {
 // The blocks of a cluster share a sample; what they tell each other stays in shared memory.
 class ClusterGroup : public Block {
  public:
+  static constexpr bool kAreasEnd = true;  // with the block whose shared memory they are in
   __device__ ClusterGroup(char* shared, const LaunchPlan& plan)
       : Block(shared), area_(shared + plan.at.peers), ranks_(plan.ranks) {}
   __device__ int rank() const { return static_cast<int>(blockIdx.x) % ranks_; }
@@ -172,6 +173,7 @@ class ClusterGroup : public Block {
 // All blocks of the grid are on the device at once and meet through memory.
 class GridGroup : public Block {
  public:
+  static constexpr bool kAreasEnd = false;
   __device__ GridGroup(char* shared, char* workspace, const LaunchPlan& plan)
       : Block(shared), workspace_(workspace), peer_bytes_(plan.at.peer_bytes), ranks_(plan.ranks) {}
   __device__ int rank() const { return static_cast<int>(blockIdx.x) % ranks_; }
@@ -296,17 +298,6 @@ Status launch_select_merge(const SelectMergeParams& params, const LaunchPlan& pl
                                                  static_cast<char*>(workspace));
     if (error != cudaSuccess) return status_of(error);
   }
-  return {};
-}
-
-Status kernel_attributes(Path path, KernelAttributes* out) {
-  cudaFuncAttributes found;
-  const cudaError_t error = cudaFuncGetAttributes(&found, kernel_of(path));
-  if (error != cudaSuccess) return status_of(error);
-  out->registers = found.numRegs;
-  out->static_shared = static_cast<int>(found.sharedSizeBytes);
-  out->local = static_cast<int>(found.localSizeBytes);
-  out->max_threads = found.maxThreadsPerBlock;
   return {};
 }
 

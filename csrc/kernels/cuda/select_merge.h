@@ -15,10 +15,4 @@ Status device_limits(DeviceLimits* out);
 Status launch_select_merge(const SelectMergeParams& params, const LaunchPlan& plan, void* workspace,
                            cudaStream_t stream);
 
-// Registers, stack and shared memory of the kernel of a path, as the driver sees them.
-struct KernelAttributes {
-  int registers = 0, static_shared = 0, local = 0, max_threads = 0;
-};
-Status kernel_attributes(Path path, KernelAttributes* out);
-
 }  // namespace cdrop::cuda

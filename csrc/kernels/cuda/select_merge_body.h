@@ -45,9 +45,10 @@ CDROP_DEVICE void select_merge_body(Group& group, const SelectMergeParams& param
   }
   group.sync_group();
   if (here) collect_slots(c);
-  group.arrive();  // no block leaves, or goes on, while another reads its area
+  // No block of a cluster leaves while another reads its shared memory.
+  if constexpr (Group::kAreasEnd) group.arrive();
   if (here) merge(c);
-  group.wait();
+  if constexpr (Group::kAreasEnd) group.wait();
 }
 
 }  // namespace cdrop::cuda
