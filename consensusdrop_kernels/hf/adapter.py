@@ -30,6 +30,7 @@ class Encoded:
         patches: which features are patches, bool `[tokens_i]` on the CPU per image; the others (a
             line break, a class token) are no candidates, see `patch(..., breaks=)`. None: all.
         crops: how the patches of each image divide into crops or frames, in order.
+        crop_grids: height and width of each of them; None: they divide `grids`.
     """
 
     tokens: tuple[int, ...]
@@ -42,6 +43,7 @@ class Encoded:
     metric: tuple[Tensor, ...] | None = None
     patches: tuple[Tensor, ...] | None = None
     crops: tuple[tuple[int, ...], ...] | None = None
+    crop_grids: tuple[tuple[tuple[int, int], ...], ...] | None = None
 
     @property
     def images(self) -> int:
@@ -91,6 +93,8 @@ class Adapter:
         text: path from the model to the decoder stack (it has `layers`).
         sources: where pictures come in.
         spatial_positions: rotary positions have height and width (M-RoPE): tokens keep their own.
+        first_stage: `config -> int`, the first decoder layer before which tokens may be dropped: 1,
+            or past the layers that features are added to.
     """
 
     model_types: tuple[str, ...]
@@ -98,6 +102,7 @@ class Adapter:
     text: str
     sources: tuple[Source, ...]
     spatial_positions: bool = False
+    first_stage: Callable[[Any], int] = lambda config: 1
 
 
 _REGISTRY: dict[str, Adapter] = {}

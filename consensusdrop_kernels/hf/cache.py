@@ -18,6 +18,15 @@ _ATTRIBUTE = "_cdrop"
 
 
 @dataclass(frozen=True)
+class StageState:
+    """What the layers from a stage on hold: `kept` entries after the prefill, and `mask` as in
+    `State`."""
+
+    kept: int
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
 class State:
     """Attached to the cache object by the prefill; its rows go where those of the cache go.
 
@@ -26,8 +35,10 @@ class State:
         kept: `K`, cache entries after the prefill.
         mask: `[B, K]` bool, or None if every entry is a token, and every one since.
         removed: `[B, 1]` int64 to subtract from the prompt's positions, or None.
+        stages: what the layers from each stage inside the decoder on hold.
         last: `[B, 1]` int64, the position of the last token of the prefill; with height and width
             `[3, B, 1]` or `[4, B, 1]`.
+        top: with height and width `[B, 1]` int64, the largest position of the prompt.
     """
 
     length: int
@@ -35,13 +46,22 @@ class State:
     mask: Tensor | None
     removed: Tensor | None
     last: Tensor
+    top: Tensor | None = None
+    stages: tuple[StageState, ...] = ()
+
+
+def add_stage(cache: Any, kept: int, mask: Tensor | None) -> None:
+    """Remember on a pruned cache that the layers from here on hold fewer entries."""
+    state: State = getattr(cache, _ATTRIBUTE)
+    setattr(cache, _ATTRIBUTE, replace(state, stages=(*state.stages, StageState(kept, mask))))
 
 
 def attach(cache: Any, length: int, short: Shortened) -> None:
     """Remember a pruned prefill on its cache."""
     state = State(
-        length, short.embeds.shape[1], short.mask, short.removed, short.positions[..., -1:]
-    )
+        length, short.embeds.shape[1], short.mask, short.removed, short.positions[..., -1:],
+        short.top,
+    )  # fmt: skip
     setattr(cache, _ATTRIBUTE, state)
     if not isinstance(cache, _Following):
         kind: Any = type(cache)
@@ -99,8 +119,12 @@ def _move_rows(cache: Any, move: Callable[[Tensor], Tensor]) -> None:
     state: State | None = getattr(cache, _ATTRIBUTE, None)
     if state is None:
         return
-    rows = {"mask": state.mask, "removed": state.removed, "last": state.last}
+    rows = {"mask": state.mask, "removed": state.removed, "last": state.last, "top": state.top}
     moved: dict[str, Any] = {n: None if t is None else move(t) for n, t in rows.items()}
+    moved["stages"] = tuple(
+        replace(stage, mask=None if stage.mask is None else move(stage.mask))
+        for stage in state.stages
+    )
     setattr(cache, _ATTRIBUTE, replace(state, **moved))
 
 
@@ -134,14 +158,17 @@ def continue_call(kwargs: dict[str, Any], state: State, cache: Any) -> None:
         setattr(cache, _ATTRIBUTE, state)
     kwargs["attention_mask"] = _continued_mask(state, fresh, since + count)
 
-    slots = state.last + since + torch.arange(1, count + 1, device=state.last.device)
+    steps = since + torch.arange(1, count + 1, device=state.last.device)
     if positions is None:
-        kwargs["position_ids"] = slots
+        slots = state.last + steps
+        kwargs["position_ids"] = (
+            slots if state.top is None else (state.top + steps).expand(3, -1, -1)
+        )
         return
     if state.removed is not None:
         positions = positions - state.removed
     if checked:
-        _check_continues(_follow(positions, slots, state.last, fresh))
+        _check_continues(_follow(positions, state, steps, fresh))
     kwargs["position_ids"] = positions
 
 
@@ -174,20 +201,30 @@ def _continued_mask(state: State, fresh: Tensor | None, new: int) -> Tensor | No
     return torch.cat([state.mask, fresh], 1)
 
 
-def _follow(positions: Tensor, slots: Tensor, last: Tensor, fresh: Tensor | None) -> bool:
+def _follow(positions: Tensor, state: State, steps: Tensor, fresh: Tensor | None) -> bool:
     """Whether positions go on from the prompt's last, by slots or by tokens that are no padding.
 
-    Where the caller masks a token out, any position will do.
+    With time, height and width, `generate` counts on from the last token, the model itself from the
+    largest position. Where the caller masks a token out, any position will do.
     """
-    good = positions == slots
-    if good.dim() == 3:  # rows of time, height and width: all go on alike
-        good = good.all(0)
-        positions, last = positions[-1], last[-1]
+    last = state.last
+    good = _alike(positions, last + steps)
+    if state.top is not None:
+        good = good | _alike(positions, state.top + steps)
+    last = last[-1] if last.dim() == 3 else last
+    positions = positions[-1] if positions.dim() == 3 else positions
     if fresh is not None:
         count = positions.shape[1]
         by_mask = last + fresh.cumsum(1)[:, -count:]
         good = good | (positions == by_mask) | ~fresh[:, -count:]
     return bool(good.all())
+
+
+def _alike(positions: Tensor, wanted: Tensor) -> Tensor:
+    """Where positions are those wanted, `[B, n]`; of four rows, the first says nothing of places."""
+    positions = positions[-3:] if positions.dim() == 3 else positions
+    good = positions == (wanted[-3:] if wanted.dim() == 3 else wanted)
+    return good.all(0) if good.dim() == 3 else good
 
 
 def _check_continues(ok: bool) -> None:

@@ -9,6 +9,7 @@ prepares each of its steps by `_Steps`, which tells the prompt from what was gen
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import inspect
@@ -30,6 +31,7 @@ from .inputs import (
     first_tokens,
     full_positions,
     is_dispatched,
+    is_static,
     padding,
     supervised,
 )
@@ -37,6 +39,16 @@ from .layout import Group, Layout, Shortened, locate, shorten
 from .prefill import shortened_inputs, wants_cache
 from .probe import StaticProbe, check_probe_layer
 from .report import Pruning, Stats
+from .stages import (
+    Progress,
+    advance,
+    check_stages,
+    implementation_of,
+    later_inputs,
+    layer_hidden,
+    prefill_inputs,
+    with_hidden,
+)
 from .tap import Tap
 
 _ENCODED = "_cdrop"
@@ -62,6 +74,9 @@ class _Prefill:
     encoded: list[Encoded | None]  # of every source
     wanted: _Wanted
     restore: Tensor | None = None
+    progress: Progress | None = None  # of the stages inside the decoder
+    pruning: Pruning | None = None
+    kv_bytes: int = 0  # of a token in one layer, if there is a cache
 
 
 class Hooks:
@@ -102,6 +117,11 @@ class Hooks:
                 "and width, got 'compact'"
             )
         self._compact = method.positions != "original" and not adapter.spatial_positions
+        self._stages = method.stages(len(self._text.layers))
+        if self._stages:
+            check_stages(self._stages, self._text, adapter.first_stage(model.config))
+            for layer in self._stages:
+                check_probe_layer(self._text, layer)
         if method.probed_layer is not None:
             check_probe_layer(self._text, method.probed_layer)
 
@@ -140,6 +160,10 @@ class Hooks:
         hold(outer.register_forward_hook(self._after_outer, always_call=True))
         hold(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
         hold(text.register_forward_hook(self._after_text))
+        first = min(self._stages, default=len(self._text.layers))
+        for at, layer in enumerate(self._text.layers[first:], first):
+            before = functools.partial(self._before_layer, at)
+            hold(layer.register_forward_pre_hook(before, with_kwargs=True))
 
     def _replace(self, module: Any, name: str, stand_in: Callable[..., Any]) -> None:
         """Put a stand-in for a method on the instance, where someone's own may lie already."""
@@ -310,7 +334,9 @@ class Hooks:
             self.method.budget_scope == "crop",
         )  # fmt: skip
         layout = _prompt_alone(layout, prefill.wanted)
-        positions = full_positions(kwargs.get("position_ids"), embeds)
+        positions = full_positions(
+            kwargs.get("position_ids"), embeds, self._adapter.spatial_positions
+        )
         signals = [self._signals(embeds, positions, g, prefill.encoded) for g in layout.groups]
 
         budgets = [self.method.budget(group.tokens) for group in layout.groups]
@@ -319,7 +345,7 @@ class Hooks:
             self.method.identity(one) if every else self.method.select(one)
             for one, every in zip(signals, whole, strict=True)
         ]
-        if all(whole):
+        if all(whole) and not self._stages:
             cached = wants_cache(kwargs, self._text)
             self._report(chosen, signals, layout, None, embeds, cached)
             return None
@@ -331,7 +357,51 @@ class Hooks:
         prefill.restore = None if prefill.wanted.logits == 1 else short.restore
         cached = kwargs.get("past_key_values") is not None
         self._report(chosen, signals, layout, short, embeds, cached)
+        if self._stages:
+            if is_static(prefill.cache):
+                raise NotImplementedError("stages inside the decoder can't use a static cache")
+            prefill.progress = Progress.after(layout, chosen, short)
         return (), kwargs
+
+    def _before_layer(self, at: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before every layer from the first stage on: prune, or hand on what fits the length."""
+        prefill = self._prefill
+        stage = bisect.bisect_right(self._stages, at) - 1
+        if prefill is None:
+            cache = kwargs.get("past_key_values")
+            state = None if cache is None else state_of(cache)
+            if state is None or stage >= len(state.stages):
+                return None
+            later = later_inputs(state, stage, kwargs, implementation_of(module))
+            return None if later is None else (args, later)
+        progress = prefill.progress
+        if progress is None:
+            return None
+        hidden = layer_hidden(args, kwargs)
+        if at in self._stages:
+            if progress.order is not None:
+                kwargs_now = prefill_inputs(progress, kwargs, self._text, hidden)
+            else:
+                kwargs_now = kwargs
+            before = progress.width
+            hidden, left = advance(
+                progress, hidden, kwargs_now, self.method, at, self._text, self._special
+            )
+            if prefill.restore is not None:
+                prefill.restore = left.restore.gather(1, prefill.restore)
+            self._report_stage(prefill, progress, before - progress.width, at)
+        return with_hidden(args, prefill_inputs(progress, kwargs, self._text, hidden), hidden)
+
+    def _report_stage(self, prefill: _Prefill, progress: Progress, fewer: int, at: int) -> None:
+        assert prefill.pruning is not None
+        text = (progress.layout.valid & ~progress.layout.visual).sum(1).tolist()
+        after = tuple(n - t for n, t in zip(progress.lengths, text, strict=True))
+        pruning = replace(prefill.pruning, stages=(*prefill.pruning.stages, after))
+        prefill.pruning = pruning
+        rows, layers = len(progress.lengths), len(self._text.layers) - at
+        with self._calls.lock:
+            self.last = pruning
+            self.stats = self.stats.with_less(prefill.kv_bytes * rows * layers * fewer)
 
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> Any:
         prefill = self._prefill
@@ -431,6 +501,8 @@ class Hooks:
         kv = self._kv_bytes(embeds) if cached else 0
         rows, length = layout.visual.shape
         width = length if short is None else short.embeds.shape[1]
+        if (prefill := self._prefill) is not None:
+            prefill.pruning, prefill.kv_bytes = pruning, kv // len(self._text.layers)
         with self._calls.lock:
             self.last = pruning
             self.stats = self.stats.plus(pruning, kv, rows, length, width)

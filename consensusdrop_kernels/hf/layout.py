@@ -196,10 +196,12 @@ def _crops(place: Place, encoded: Encoded) -> list[Place]:
     if encoded.crops is None:
         return [place]
     parts, first = [], 0
-    for count in encoded.crops[place.image]:
+    for crop, count in enumerate(encoded.crops[place.image]):
         columns = place.columns[first : first + count]
         height, width = place.grid
         side = (count // width, width) if count % width == 0 and count <= height * width else None
+        if encoded.crop_grids is not None:
+            side = encoded.crop_grids[place.image][crop]
         parts.append(place._replace(columns=columns, grid=side or (1, count), first=first))
         first += count
     return parts
@@ -215,6 +217,7 @@ class Shortened:
         positions: `[B, K]` int64, or `[3, B, K]`, `[4, B, K]` with spatial positions.
         removed: `[B, 1]` int64, by how much compact positions lag behind the prompt's; None
             with original positions.
+        top: `[B, 1]` int64, the largest position of the prompt, with spatial positions; else None.
         keep: `[B, L]` bool, the tokens of the prompt that are left.
         order: `[B, K]` int64, the place in the prompt of each slot; of an unused one, any dropped.
         restore: `[B, L]` int64, for each token of the prompt the slot of the last token left at or
@@ -228,6 +231,7 @@ class Shortened:
     mask: Tensor | None
     positions: Tensor
     removed: Tensor | None
+    top: Tensor | None
     keep: Tensor
     order: Tensor
     restore: Tensor
@@ -252,43 +256,75 @@ def shorten(
     lengths = stay.sum(1).tolist()
     places = []
     for group, selection in zip(layout.groups, chosen, strict=True):
-        for row, count in zip(group.sample_list, _slot_counts(selection), strict=True):
+        for row, count in zip(group.sample_list, slot_counts(selection), strict=True):
             lengths[row] += count
         # Unused slots (-1) go to one extra place that is cut off.
         here = group.flat.gather(1, selection.index.clamp_min(0))
         places.append(torch.where(selection.index < 0, batch * length, here).flatten())
-    width = max(lengths)
+    left = compacted(embeds, stay.to(device), places, lengths, chosen)
+    removed = ((layout.valid & layout.visual).to(device) & ~left.keep).cumsum(1)
+    moved = positions - removed if compact else positions
+    index = left.order.expand(*positions.shape[:-2], -1, -1)
+    return Shortened(
+        embeds=left.tokens,
+        mask=left.mask,
+        positions=moved.gather(-1, index),
+        removed=removed[:, -1:] if compact else None,
+        top=_largest(positions, layout) if positions.dim() == 3 else None,
+        keep=left.keep,
+        order=left.order,
+        restore=left.restore,
+        lengths=tuple(lengths),
+        slots=left.slots,
+    )
 
-    text = stay.to(device)
-    keep = torch.cat([text.flatten(), text.new_zeros(1)])
-    keep = keep.index_fill_(0, torch.cat(places), True)[:-1].view(batch, length)
+
+def _largest(positions: Tensor, layout: Layout) -> Tensor:
+    """The largest of spatial positions in each prompt, `[B, 1]`: the model counts on from there, as
+    a picture may reach further than the text after it, or be the end of the prompt."""
+    valid = layout.valid.to(positions.device)
+    return positions[-3:].amax(0).masked_fill(~valid, 0).amax(1, keepdim=True)
+
+
+class Compacted(NamedTuple):
+    """Rows without their dropped tokens, aligned at the right; fields as in `Shortened`."""
+
+    tokens: Tensor
+    mask: Tensor | None
+    keep: Tensor
+    order: Tensor
+    restore: Tensor
+    slots: tuple[Tensor, ...]
+
+
+def compacted(
+    rows: Tensor, stay: Tensor, places: Sequence[Tensor], lengths: Sequence[int],
+    chosen: Sequence[Selection],
+) -> Compacted:  # fmt: skip
+    """Rows `[B, L, D]` of which `stay [B, L]` and those chosen are left.
+
+    `places` are the places of each group's slots in the `B * L` tokens, `B * L` where a slot is
+    unused; `lengths` is what is left of each row.
+    """
+    batch, length, _ = rows.shape
+    width, device = max(lengths), rows.device
+    keep = torch.cat([stay.flatten(), stay.new_zeros(1)])
+    keep = keep.index_fill_(0, torch.cat(list(places)), True)[:-1].view(batch, length)
     order = keep.int().argsort(dim=1, stable=True)[:, -width:]
     shift = torch.tensor([width - n for n in lengths], device=device)[:, None]
     slot = keep.cumsum(1) - 1 + shift  # of each kept token, in its row
     row = torch.arange(batch, device=device)[:, None] * width
     target = torch.cat([(slot + row).flatten(), slot.new_full((1,), batch * width)])
     slots = tuple(target[here] for here in places)
-
-    out = embeds.gather(1, order[:, :, None].expand(-1, -1, embeds.shape[2]))
+    out = rows.gather(1, order[:, :, None].expand(-1, -1, rows.shape[2]))
     for where, selection in zip(slots, chosen, strict=True):
         out = _write(out, selection, where)
-    removed = ((layout.valid & layout.visual).to(device) & ~keep).cumsum(1)
-    moved = positions - removed if compact else positions
-    index = order.expand(*positions.shape[:-2], -1, -1)
-    return Shortened(
-        embeds=out,
-        mask=None if min(lengths) == width else keep.gather(1, order),
-        positions=moved.gather(-1, index),
-        removed=removed[:, -1:] if compact else None,
-        keep=keep,
-        order=order,
-        restore=slot.maximum(shift),
-        lengths=tuple(lengths),
-        slots=slots,
-    )
+    mask = None if min(lengths) == width else keep.gather(1, order)
+    return Compacted(out, mask, keep, order, slot.maximum(shift), slots)
 
 
-def _slot_counts(selection: Selection) -> list[int]:
+def slot_counts(selection: Selection) -> list[int]:
+    """Slots in use of each image; a device synchronisation if it is padded."""
     if selection.padded:
         return (selection.index >= 0).sum(1).tolist()
     return [selection.index.shape[1]] * len(selection.index)

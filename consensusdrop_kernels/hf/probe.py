@@ -77,7 +77,8 @@ class StaticProbe:
         if context == "all":  # a row sees no image that comes after it
             weight &= index[list(place.sample_list)] >= torch.tensor(place.end_list)[:, None]
         index = index.to(embeds.device)
-        project = _Projection(self._text, layer, self._positions if rotary else None)
+        angles = position_angles(self._text, layer, self._positions) if rotary else None
+        project = Projection(self._text, layer, angles)
         q = project.queries(_take(embeds, index), index)
 
         lse = None
@@ -85,7 +86,7 @@ class StaticProbe:
             k_all = project.keys(embeds, None)
             # A supervised answer to an earlier question must not show in a later one's rows.
             seen = prompt.asking | (prompt.valid & prompt.visual)
-            lse = _row_lse(q, k_all, index, seen.to(embeds.device), project.scale)
+            lse = row_lse(q, k_all, index, seen.to(embeds.device), project.scale)
             lse = lse[place.sample]
             k = _take_keys(k_all, place)
         else:
@@ -95,20 +96,45 @@ class StaticProbe:
         return TextProbe(q[place.sample], k, project.scale, lse, weight, asked)
 
 
-class _Projection:
-    """A layer's norm, projections and rotation, as modules to call."""
+#: cos and sin of the rows at `index` of their samples: `(x, index, sample) -> (cos, sin)`.
+Angles = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
-    def __init__(self, text: Any, layer: int, positions: Tensor | None) -> None:
-        self._text = text
-        self._layer = layer
+
+def position_angles(text: Any, layer: int, positions: Tensor) -> Angles:
+    """Angles at the positions of a prompt, by the model's own rotary embedding."""
+
+    def angles(x: Tensor, index: Tensor | None, sample: Tensor | None) -> tuple[Tensor, Tensor]:
+        where = positions if sample is None else positions[..., sample, :]
+        if index is not None:
+            where = where.gather(-1, index.expand(*where.shape[:-2], -1, -1))
+        if where.dim() == 3 and len(where) == 4:  # the first row only tells sequences apart
+            where = where[1:]
+        rotary = text.rotary_emb
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            return rotary(x, where, text.config.layer_types[layer])
+        return rotary(x, where)
+
+    return angles
+
+
+class Projection:
+    """A layer's norm, projections and rotation, as modules to call.
+
+    Args:
+        text: the decoder stack.
+        layer: which layer.
+        angles: of the rotary embedding, or None for none.
+    """
+
+    def __init__(self, text: Any, layer: int, angles: Angles | None) -> None:
         self._norm = text.layers[layer].input_layernorm
         self._attention = text.layers[layer].self_attn
-        self._positions = positions
+        self._angles = angles
         self.scale: float = self._attention.scaling
 
-    def queries(self, x: Tensor, index: Tensor) -> Tensor:
+    def queries(self, x: Tensor, index: Tensor, sample: Tensor | None = None) -> Tensor:
         """`[B, H, M, d]` of the rows `x [B, M, D]` that stand at `index [B, M]`."""
-        return self._project("q", x, index, None)
+        return self._project("q", x, index, sample)
 
     def keys(self, x: Tensor, index: Tensor | None, sample: Tensor | None = None) -> Tensor:
         """`[R, Hk, n, d]` of `x [R, n, D]`, standing at `index [R, n]` of its sample."""
@@ -119,24 +145,10 @@ class _Projection:
         flat = getattr(attention, f"{side}_proj")(self._norm(x))
         heads = flat.view(*x.shape[:2], -1, attention.head_dim)
         norm = getattr(attention, f"{side}_norm", None)
-        heads = heads if norm is None else norm(heads)
-        return self._rotate(heads.transpose(1, 2), x, index, sample)
-
-    def _rotate(
-        self, heads: Tensor, x: Tensor, index: Tensor | None, sample: Tensor | None
-    ) -> Tensor:
-        if self._positions is None:
+        heads = (heads if norm is None else norm(heads)).transpose(1, 2)
+        if self._angles is None:
             return heads
-        where = self._positions if sample is None else self._positions[..., sample, :]
-        if index is not None:
-            where = where.gather(-1, index.expand(*where.shape[:-2], -1, -1))
-        if where.dim() == 3 and len(where) == 4:  # the first row only tells sequences apart
-            where = where[1:]
-        rotary = self._text.rotary_emb
-        if "layer_type" in inspect.signature(rotary.forward).parameters:
-            cos, sin = rotary(x, where, self._text.config.layer_types[self._layer])
-        else:
-            cos, sin = rotary(x, where)
+        cos, sin = self._angles(x, index, sample)
         # The model's own function: families pair the channels in different ways.
         rotate: Callable[..., Any] = sys.modules[
             type(self._attention).__module__
@@ -154,7 +166,7 @@ def _take_keys(k: Tensor, group: Group) -> Tensor:
     return k[group.sample].gather(2, index)
 
 
-def _row_lse(q: Tensor, k: Tensor, index: Tensor, valid: Tensor, scale: float) -> Tensor:
+def row_lse(q: Tensor, k: Tensor, index: Tensor, valid: Tensor, scale: float) -> Tensor:
     """Log-sum-exp of whole causal rows, `[B, H, M]` float32, one key head at a time."""
     batch, heads, rows, width = q.shape
     groups = k.shape[1]

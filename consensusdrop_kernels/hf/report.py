@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Pruning:
         columns: the places of each image's tokens in its prompt, int64 `[N_i]` on the CPU.
         tokens_before, tokens_after: visual tokens of each prompt, length `B`.
         keep_mask: `[B, L]` bool, the tokens of the prompt that the LLM saw.
+        stages: visual tokens of each prompt after each stage inside the decoder.
     """
 
     selection: Selection
@@ -35,6 +36,7 @@ class Pruning:
     tokens_before: tuple[int, ...]
     tokens_after: tuple[int, ...]
     keep_mask: Tensor
+    stages: tuple[tuple[int, ...], ...] = ()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -141,6 +143,10 @@ class Stats:
     def kv_bytes_saved(self) -> int:
         """Cache bytes that were not needed."""
         return self.kv_bytes_before - self.kv_bytes_after
+
+    def with_less(self, kv_bytes: int) -> Stats:
+        """With fewer bytes in the caches of layers behind a stage."""
+        return replace(self, kv_bytes_after=self.kv_bytes_after - kv_bytes)
 
     def plus(self, pruning: Pruning, kv_bytes: int, rows: int, length: int, width: int) -> Stats:
         """With one more prefill of `rows` prompts, `length` tokens before and `width` after, each

@@ -71,6 +71,7 @@ class Signals:
         visual: `[R, N]` float32, the encoder's saliency where patches are not tokens one by one;
             then `q_vis` and `k_vis` are None.
         metric: `[R, N, F]`, what to merge by, likewise.
+        size: `[R, N]` float32, how many patches each token stands for; None: one.
         probe: computes the question's rows when called; None if the method does not need "text".
     """
 
@@ -83,6 +84,7 @@ class Signals:
     valid: Tensor | None = None
     visual: Tensor | None = None
     metric: Tensor | None = None
+    size: Tensor | None = None
     probe: ProbeFn | None = None
 
     def rows(self, index: Tensor) -> Signals:
@@ -178,6 +180,23 @@ class Method(ABC):
     @abstractmethod
     def select(self, signals: Signals) -> Selection:
         """Choose and merge; called only where `budget(N) < N`."""
+
+    def stages(self, layers: int) -> tuple[int, ...]:
+        """Decoder layers, of `layers`, before which to prune again, ascending; none by default."""
+        return ()
+
+    def stage_budget(self, stage: int, tokens: int) -> int:
+        """Slots that remain after stage number `stage` of an image that had `tokens` patches."""
+        raise NotImplementedError
+
+    def select_stage(self, stage: int, signals: Signals) -> Selection:
+        """Choose and merge inside the decoder.
+
+        `x` are hidden states before the layer that is about to run, `size` says what they stand
+        for, `probe` gives that layer's queries and keys, whatever `layer` it is asked for;
+        `query="visual"` asks by the visual tokens themselves.
+        """
+        raise NotImplementedError
 
     def scores(self, signals: Signals) -> Scores | None:
         """The saliencies `select` goes by, or None for a method without any."""

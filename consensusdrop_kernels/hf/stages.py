@@ -1,0 +1,326 @@
+"""Pruning inside the decoder: between two layers the hidden states get shorter.
+
+Layers before and after a stage hold caches of different lengths. A hook before every layer from
+the first stage on hands it mask and positions of its own length, in the prefill and in every call
+after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+from ..methods.base import Method, QueryRule, Selection, Signals, TextProbe
+from .cache import State, add_stage
+from .layout import Compacted, Layout, Shortened, compacted, slot_counts
+from .probe import Projection, row_lse
+from .query import padded_rows, question_mask
+
+
+def check_stages(stages: tuple[int, ...], text: Any, least: int) -> None:
+    """Raises for stages that a decoder stack can't have.
+
+    Args:
+        stages: layers before which to prune.
+        text: the decoder stack.
+        least: the first layer that a stage may stand before.
+
+    Raises:
+        ValueError: a layer out of range, or out of order.
+        NotImplementedError: layers that see a window of the sequence.
+    """
+    last = len(text.layers) - 1
+    if list(stages) != sorted(set(stages)) or not all(least <= s <= last for s in stages):
+        raise ValueError(
+            f"stages must be ascending layers in {least}..{last} (before the first layer a method "
+            f"prunes without a stage, and features must have been added to the early ones), got "
+            f"{list(stages)}"
+        )
+    kinds = set(getattr(text.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise NotImplementedError(
+            f"stages need layers that see the whole sequence, this decoder has {sorted(kinds)}"
+        )
+
+
+@dataclass
+class Progress:
+    """A prefill on its way through the layers.
+
+    Attributes:
+        layout: the prompts as they were.
+        slots: for each group, the places of its tokens in the `B * K` tokens, `[R, S]`; `B * K`
+            where a slot is unused.
+        sizes: for each group `[R, S]`, how many patches each token stands for.
+        live: `[B, K]` bool, or None if every place is a token.
+        moved: `[B, L]`, where each text token of the prompt stands now.
+        lengths: tokens of each row.
+        width: `K`.
+        done: stages behind.
+        inputs: mask and positions of the layers from the last stage on, by what they replace.
+    """
+
+    layout: Layout
+    slots: list[Tensor]
+    sizes: list[Tensor]
+    live: Tensor | None
+    moved: Tensor
+    lengths: list[int]
+    width: int
+    done: int = 0
+    order: Tensor | None = None
+    inputs: dict[int, Any] = field(default_factory=dict)
+
+    @classmethod
+    def after(cls, layout: Layout, chosen: Sequence[Selection], short: Shortened) -> Progress:
+        """Where a prefill stands when it enters the decoder."""
+        slots = [
+            where.view(selection.index.shape)
+            for where, selection in zip(short.slots, chosen, strict=True)
+        ]
+        sizes = [selection.size.float() for selection in chosen]
+        width = short.embeds.shape[1]
+        return cls(
+            layout, slots, sizes, short.mask, short.restore, list(short.lengths), width
+        )  # fmt: skip
+
+
+class StageProbe:
+    """Queries and keys of the layer that is about to run, on the hidden states it will get."""
+
+    def __init__(
+        self, text: Any, layer: int, hidden: Tensor, angles: Any, progress: Progress, group: int,
+        special: Tensor | None,
+    ) -> None:  # fmt: skip
+        self._hidden = hidden.detach()
+        self._progress = progress
+        self._number = group
+        self._special = special
+        self._text, self._layer, self._angles = text, layer, angles
+
+    @torch.no_grad()
+    def __call__(
+        self, *, layer: int, rotary: bool, context: str, query: str | QueryRule
+    ) -> TextProbe:
+        """As `StaticProbe`, but always of the stage's own layer."""
+        progress, hidden = self._progress, self._hidden
+        group = progress.layout.groups[self._number]
+        columns = progress.slots[self._number] % progress.width
+        project = Projection(self._text, self._layer, self._rows if rotary else None)
+        k_all = project.keys(hidden, None)
+        index = columns[:, None, :, None].expand(-1, k_all.shape[1], -1, k_all.shape[3])
+        k = k_all[group.sample].gather(2, index)
+
+        if query == "visual":
+            x = hidden[group.sample].gather(1, columns[..., None].expand(-1, -1, hidden.shape[2]))
+            q = project.queries(x, columns, group.sample)
+            weight = (progress.slots[self._number] < hidden.shape[0] * progress.width).float()
+            asked = (True,) * len(columns)
+            where, keys = columns, k_all[group.sample]
+            live = None if progress.live is None else progress.live[group.sample]
+        else:
+            index, kept = self._question(query, context)
+            where = progress.moved.gather(1, index.to(hidden.device))
+            q = project.queries(_take(hidden, where), where)
+            asked = tuple(kept.any(1).tolist())
+            weight = kept.to(hidden.device).float()
+            keys, live = k_all, progress.live
+        lse = None
+        if context == "all":
+            seen = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
+            seen = seen if live is None else live
+            lse = row_lse(q, keys, where, seen, project.scale)
+        if query != "visual":
+            q, lse = q[group.sample], None if lse is None else lse[group.sample]
+        return TextProbe(q, k, project.scale, lse, weight, asked)
+
+    def _question(self, query: str | QueryRule, context: str) -> tuple[Tensor, Tensor]:
+        """The prompt's places `[B, M]` of the question's rows, and which count `[R, M]`."""
+        group = self._progress.layout.groups[self._number]
+        prompt = group.layout
+        mask = question_mask(query, prompt.ids, prompt.visual, prompt.asking, self._special)
+        here = torch.zeros(len(mask), dtype=torch.bool)
+        here[list(group.sample_list)] = True
+        index, live = padded_rows(mask & here[:, None])
+        rows = list(group.sample_list)
+        kept = live[rows]
+        if context == "all":
+            kept &= index[rows] >= torch.tensor(group.end_list)[:, None]
+        return index, kept
+
+    def _rows(self, x: Tensor, index: Tensor | None, sample: Tensor | None) -> Any:
+        found = []
+        for part in self._angles:
+            part = part.expand(len(self._hidden), -1, -1)
+            part = part if sample is None else part[sample]
+            found.append(part if index is None else _take(part, index))
+        return tuple(found)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+
+
+def advance(
+    progress: Progress, hidden: Tensor, kwargs: dict[str, Any], method: Method, layer: int,
+    text: Any, special: Tensor | None,
+) -> tuple[Tensor, Compacted]:  # fmt: skip
+    """Prune the hidden states `[B, K, D]` before a layer; brings `progress` up to date."""
+    batch, length, _ = hidden.shape
+    end = batch * length
+    angles = kwargs["position_embeddings"]
+    chosen: list[Selection] = []
+    places: list[Tensor] = []
+    stay = hidden.new_ones(batch, length, dtype=torch.bool)
+    stay = stay if progress.live is None else progress.live.clone()
+    flat = torch.cat([stay.flatten(), stay.new_zeros(1)])
+    for slots in progress.slots:
+        flat[slots.flatten()] = False
+    stay = flat[:-1].view(batch, length)
+    lengths = list(progress.lengths)
+    for number, group in enumerate(progress.layout.groups):
+        slots = progress.slots[number]
+        count = slots.shape[1]
+        padded = bool(progress.live is not None) and bool((slots == end).any())
+        budget = min(method.stage_budget(progress.done, group.tokens), count)
+        signals = Signals(
+            x=hidden.flatten(0, 1)[slots.clamp_max(end - 1)],
+            grid=(1, count),
+            valid=slots < end if padded else None,
+            size=progress.sizes[number],
+            probe=StageProbe(text, layer, hidden, angles, progress, number, special),
+        )
+        selection = (
+            method.identity(signals)
+            if budget == count
+            else method.select_stage(progress.done, signals)
+        )
+        if budget == count and padded:
+            index = torch.arange(count, device=slots.device).expand_as(slots)
+            index = index.masked_fill(slots == end, -1)
+            selection = Selection(signals.x, index, index, selection.size, padded=True)
+        before = (slots < end).sum(1).tolist() if padded else [count] * len(slots)
+        for row, old, new in zip(
+            group.sample_list, before, slot_counts(selection), strict=True
+        ):  # fmt: skip
+            lengths[row] += new - old
+        here = slots.gather(1, selection.index.clamp_min(0))
+        places.append(torch.where(selection.index < 0, end, here).flatten())
+        progress.sizes[number] = _joined(selection, progress.sizes[number])
+        chosen.append(selection)
+    left = compacted(hidden, stay, places, lengths, chosen)
+    for number, selection in enumerate(chosen):
+        progress.slots[number] = left.slots[number].view(selection.index.shape)
+    progress.moved = left.restore.gather(1, progress.moved)
+    progress.live, progress.lengths = left.mask, lengths
+    progress.width = left.tokens.shape[1]
+    progress.done += 1
+    progress.order = (
+        left.order if progress.order is None else progress.order.gather(1, left.order)
+    )  # fmt: skip
+    progress.inputs = {}
+    cache = kwargs.get("past_key_values")
+    if cache is not None:
+        add_stage(cache, progress.width, left.mask)
+    return left.tokens, left
+
+
+def _joined(selection: Selection, size: Tensor) -> Tensor:
+    """How many patches each slot stands for, from how many each token did."""
+    slots = torch.arange(selection.index.shape[1], device=size.device)
+    joined = selection.assign[:, None, :] == slots[None, :, None]
+    return (joined.float() @ size[..., None])[..., 0]
+
+
+def prefill_inputs(progress: Progress, kwargs: dict[str, Any], text: Any, tokens: Tensor) -> Any:
+    """The keyword arguments of a layer behind a stage, from those it would have had."""
+    assert progress.order is not None
+    out = dict(kwargs)
+    for name in ("attention_mask", "position_embeddings", "position_ids"):
+        given = kwargs.get(name)
+        key = id(given) if given is not None else hash(name)
+        if key not in progress.inputs:
+            # `given` is held along, so that its id stays its own.
+            progress.inputs[key] = given, _shorter(name, given, progress, text, tokens)
+        out[name] = progress.inputs[key][1]
+    return out
+
+
+def _shorter(name: str, given: Any, progress: Progress, text: Any, tokens: Tensor) -> Any:
+    order = progress.order
+    assert order is not None
+    if name == "position_embeddings":
+        return tuple(torch.take_along_dim(part, order[..., None], -2) for part in given)
+    if name == "position_ids":
+        return None if given is None else torch.take_along_dim(given, order, -1)
+    if isinstance(given, Tensor) and given.dim() == 4:
+        rows = torch.take_along_dim(given, order[:, None, :, None], 2)
+        mask = torch.take_along_dim(rows, order[:, None, None, :], 3)
+        return mask if progress.live is None else _hide(mask, progress.live)
+    if given is None or given.dim() == 2:
+        return create_causal_mask(
+            config=text.config,
+            inputs_embeds=tokens,
+            attention_mask=progress.live,
+            past_key_values=None,
+        )
+    raise NotImplementedError(f"stages can't shorten a mask of type {type(given).__name__}")
+
+
+def _hide(mask: Tensor, live: Tensor) -> Tensor:
+    hidden = ~live[:, None, None]
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+def later_inputs(state: State, stage: int, kwargs: dict[str, Any], implementation: str) -> Any:
+    """The keyword arguments of a layer behind a stage in a call that continues a pruned cache."""
+    here = state.stages[stage]
+    given = kwargs.get("attention_mask")
+    if given is None and here.mask is None:
+        return None
+    if given is not None and not isinstance(given, Tensor):
+        raise NotImplementedError(f"stages can't continue with a {type(given).__name__}")
+    if given is None:
+        new = int(kwargs["past_key_values"].get_seq_length()) - state.kept
+        assert here.mask is not None
+        fresh = here.mask.new_ones(len(here.mask), new)
+        mask = torch.cat([here.mask, fresh], 1)
+        return kwargs | {
+            "attention_mask": mask if "flash" in implementation else mask[:, None, None]
+        }
+    seen = here.mask
+    if seen is None:
+        seen = torch.ones(len(given), here.kept, dtype=torch.bool, device=given.device)
+    if given.dim() == 2:
+        return kwargs | {"attention_mask": torch.cat([seen.to(given), given[:, state.kept :]], 1)}
+    past = seen[:, None, None].expand(-1, *given.shape[1:3], -1)
+    if given.dtype != torch.bool:
+        past = torch.zeros_like(past, dtype=given.dtype).masked_fill(
+            ~past, torch.finfo(given.dtype).min
+        )
+    return kwargs | {"attention_mask": torch.cat([past, given[..., state.kept :]], -1)}
+
+
+def layer_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a decoder layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> Any:
+    """The arguments of a decoder layer with other hidden states."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return (), kwargs | {"hidden_states": hidden}
+
+
+def implementation_of(layer: nn.Module) -> str:
+    """Which attention a decoder layer runs."""
+    config: Any = getattr(layer.self_attn, "config", None)
+    return getattr(config, "_attn_implementation", None) or ""
