@@ -8,7 +8,9 @@ shortens the sequence and `prefill` what goes with it, `cache` corrects the call
 """
 
 from . import llava as _llava  # noqa: F401  (registers its adapter)
+from . import llava_next as _llava_next  # noqa: F401
 from . import qwen_vl as _qwen_vl  # noqa: F401
+from . import video_llava as _video_llava  # noqa: F401
 from .adapter import Adapter, Encoded, Source, register, supported
 from .patching import Handle, patch, unpatch
 from .report import Pruning, Stats
