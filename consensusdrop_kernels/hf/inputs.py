@@ -49,17 +49,20 @@ def supervised(labels: Tensor, ids: Tensor) -> Tensor:
     return torch.nn.functional.pad((labels != IGNORED).cpu(), (before, 0), value=False)
 
 
-def full_positions(given: Tensor | None, embeds: Tensor) -> Tensor:
+def full_positions(given: Tensor | None, embeds: Tensor, spatial: bool = False) -> Tensor:
     """The positions `[B, L]` of a call, or `[3, B, L]`, `[4, B, L]` with height and width; without
-    any, those the decoder would give itself."""
+    any, those the decoder would give itself. `spatial`: height and width where only one is given.
+    """
     batch, length = embeds.shape[:2]
     if given is None:
         given = torch.arange(length, device=embeds.device)[None]
-    spatial = given.dim() == 3 and len(given) in (3, 4)
-    if given.shape[-1] != length or not (given.dim() == 2 or spatial):
+    has_rows = given.dim() == 3 and len(given) in (3, 4)
+    if given.shape[-1] != length or not (given.dim() == 2 or has_rows):
         raise NotImplementedError(
             f"position_ids must be [B, L]=[{batch}, {length}], got {list(given.shape)}"
         )
+    if spatial and not has_rows:
+        given = given.expand(3, -1, -1)
     return given.expand(*given.shape[:-2], batch, length)
 
 
