@@ -19,11 +19,12 @@ _ATTRIBUTE = "_cdrop"
 
 @dataclass(frozen=True)
 class StageState:
-    """What the layers from a stage on hold: `kept` entries after the prefill, and `mask` as in
-    `State`."""
+    """What the layers from a stage on hold: `kept` entries after the prefill, `mask` and `bias` as
+    in `State`."""
 
     kept: int
     mask: Tensor | None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class State:
         mask: `[B, K]` bool, or None if every entry is a token, and every one since.
         removed: `[B, 1]` int64 to subtract from the prompt's positions, or None.
         stages: what the layers from each stage inside the decoder on hold.
+        bias: `[B, K]` float32, the logarithm of how many tokens each entry stands for, or None
+            where attention does not weigh them.
         last: `[B, 1]` int64, the position of the last token of the prefill; with height and width
             `[3, B, 1]` or `[4, B, 1]`.
         top: with height and width `[B, 1]` int64, the largest position of the prompt.
@@ -48,12 +51,18 @@ class State:
     last: Tensor
     top: Tensor | None = None
     stages: tuple[StageState, ...] = ()
+    bias: Tensor | None = None
 
 
-def add_stage(cache: Any, kept: int, mask: Tensor | None) -> None:
+def add_stage(cache: Any, kept: int, mask: Tensor | None, bias: Tensor | None = None) -> None:
     """Remember on a pruned cache that the layers from here on hold fewer entries."""
     state: State = getattr(cache, _ATTRIBUTE)
-    setattr(cache, _ATTRIBUTE, replace(state, stages=(*state.stages, StageState(kept, mask))))
+    setattr(cache, _ATTRIBUTE, replace(state, stages=(*state.stages, StageState(kept, mask, bias))))
+
+
+def weigh(cache: Any, bias: Tensor) -> None:
+    """Remember on a pruned cache how many tokens its entries stand for."""
+    setattr(cache, _ATTRIBUTE, replace(getattr(cache, _ATTRIBUTE), bias=bias))
 
 
 def attach(cache: Any, length: int, short: Shortened) -> None:
@@ -119,11 +128,15 @@ def _move_rows(cache: Any, move: Callable[[Tensor], Tensor]) -> None:
     state: State | None = getattr(cache, _ATTRIBUTE, None)
     if state is None:
         return
-    rows = {"mask": state.mask, "removed": state.removed, "last": state.last, "top": state.top}
-    moved: dict[str, Any] = {n: None if t is None else move(t) for n, t in rows.items()}
+
+    def maybe(t: Tensor | None) -> Tensor | None:
+        return None if t is None else move(t)
+
+    moved: dict[str, Any] = {
+        name: maybe(getattr(state, name)) for name in ("mask", "removed", "last", "top", "bias")
+    }
     moved["stages"] = tuple(
-        replace(stage, mask=None if stage.mask is None else move(stage.mask))
-        for stage in state.stages
+        replace(stage, mask=maybe(stage.mask), bias=maybe(stage.bias)) for stage in state.stages
     )
     setattr(cache, _ATTRIBUTE, replace(state, **moved))
 

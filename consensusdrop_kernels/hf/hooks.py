@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..methods.base import Method, Selection, Signals
 from .adapter import Adapter, Encoded
-from .cache import continue_call, state_of
+from .cache import continue_call, state_of, weigh
 from .calls import Calls
 from .inputs import (
     check_cache,
@@ -39,6 +39,7 @@ from .layout import Group, Layout, Shortened, locate, shorten
 from .prefill import shortened_inputs, wants_cache
 from .probe import StaticProbe, check_probe_layer
 from .report import Pruning, Stats
+from .sizes import Unflashed, key_bias, weighted_mask
 from .stages import (
     Progress,
     advance,
@@ -117,7 +118,9 @@ class Hooks:
                 "and width, got 'compact'"
             )
         self._compact = method.positions != "original" and not adapter.spatial_positions
-        self._stages = method.stages(len(self._text.layers))
+        self._unflashed = Unflashed(self._text)
+        layers: Any = self._text.layers
+        self._stages = method.stages(len(layers))
         if self._stages:
             check_stages(self._stages, self._text, adapter.first_stage(model.config))
             for layer in self._stages:
@@ -151,6 +154,8 @@ class Hooks:
         for tap in dict.fromkeys(self._taps):
             if tap is not None:
                 tap.install()
+        if self.method.size_attention:
+            self._unflashed.install()
         for at, source in enumerate(self._adapter.sources):
             self._replace(self._outer, source.features, functools.partial(_Features, at))
         self._replace(self._model, _STEP, _Steps)
@@ -160,8 +165,9 @@ class Hooks:
         hold(outer.register_forward_hook(self._after_outer, always_call=True))
         hold(text.register_forward_pre_hook(self._before_text, with_kwargs=True))
         hold(text.register_forward_hook(self._after_text))
-        first = min(self._stages, default=len(self._text.layers))
-        for at, layer in enumerate(self._text.layers[first:], first):
+        layers: Any = self._text.layers
+        first = min(self._stages, default=len(layers))
+        for at, layer in enumerate(layers[first:], first):
             before = functools.partial(self._before_layer, at)
             hold(layer.register_forward_pre_hook(before, with_kwargs=True))
 
@@ -182,6 +188,7 @@ class Hooks:
                 setattr(module, name, own)
             elif name in vars(module):
                 delattr(module, name)
+        self._unflashed.remove()
         for tap in dict.fromkeys(self._taps):
             if tap is not None:
                 tap.remove()
@@ -322,7 +329,7 @@ class Hooks:
     def _before_text(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         prefill = self._prefill
         if prefill is None:
-            return None
+            return self._weighed_again(args, kwargs) if self.method.size_attention else None
         if args:
             raise RuntimeError("the decoder stack must be called with keyword arguments")
         if all(encoded is None for encoded in prefill.encoded):
@@ -353,6 +360,8 @@ class Hooks:
         check_static(prefill.cache, layout, short)
         changed = shortened_inputs(kwargs, layout, chosen, short, self._text, self.method.blend)
         kwargs = kwargs | changed
+        if self.method.size_attention:
+            self._weigh(kwargs, chosen, short)
         # Only the last logit stands at the same place in the shorter sequence, whatever was asked.
         prefill.restore = None if prefill.wanted.logits == 1 else short.restore
         cached = kwargs.get("past_key_values") is not None
@@ -360,8 +369,32 @@ class Hooks:
         if self._stages:
             if is_static(prefill.cache):
                 raise NotImplementedError("stages inside the decoder can't use a static cache")
-            prefill.progress = Progress.after(layout, chosen, short)
+            weighs = self.method.size_attention
+            prefill.progress = Progress.after(layout, chosen, short, weighs)
         return (), kwargs
+
+    def _weigh(self, kwargs: dict[str, Any], chosen: list[Selection], short: Shortened) -> None:
+        """Let the prefill attend to merged tokens by their sizes, and the cache remember them."""
+        cache, embeds = kwargs["past_key_values"], kwargs["inputs_embeds"]
+        if is_static(cache):
+            raise NotImplementedError("size_attention can't use a static cache")
+        sizes = [selection.size for selection in chosen]
+        bias = key_bias(sizes, short.slots, *embeds.shape[:2])
+        kwargs["attention_mask"] = weighted_mask(kwargs["attention_mask"], bias, embeds)
+        if cache is not None:
+            weigh(cache, bias)
+
+    def _weighed_again(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The same in a call that continues a cache."""
+        cache: Any = kwargs.get("past_key_values")
+        state = None if cache is None else state_of(cache)
+        if state is None or state.bias is None:
+            return None
+        embeds, given = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        if given is None:
+            held = int(cache.get_seq_length()) + embeds.shape[1]
+            given = torch.ones(len(embeds), held, dtype=torch.bool, device=embeds.device)
+        return args, kwargs | {"attention_mask": weighted_mask(given, state.bias, embeds)}
 
     def _before_layer(self, at: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before every layer from the first stage on: prune, or hand on what fits the length."""

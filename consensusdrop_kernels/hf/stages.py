@@ -20,6 +20,7 @@ from .cache import State, add_stage
 from .layout import Compacted, Layout, Shortened, compacted, slot_counts
 from .probe import Projection, row_lse
 from .query import padded_rows, question_mask
+from .sizes import key_bias, weighted_mask
 
 
 def check_stages(stages: tuple[int, ...], text: Any, least: int) -> None:
@@ -61,6 +62,8 @@ class Progress:
         moved: `[B, L]`, where each text token of the prompt stands now.
         lengths: tokens of each row.
         width: `K`.
+        padded: for each group, whether slots may be unused.
+        weighs: whether attention goes by the sizes.
         done: stages behind.
         inputs: mask and positions of the layers from the last stage on, by what they replace.
     """
@@ -72,12 +75,16 @@ class Progress:
     moved: Tensor
     lengths: list[int]
     width: int
+    padded: list[bool]
+    weighs: bool = False
     done: int = 0
     order: Tensor | None = None
     inputs: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
-    def after(cls, layout: Layout, chosen: Sequence[Selection], short: Shortened) -> Progress:
+    def after(
+        cls, layout: Layout, chosen: Sequence[Selection], short: Shortened, weighs: bool
+    ) -> Progress:
         """Where a prefill stands when it enters the decoder."""
         slots = [
             where.view(selection.index.shape)
@@ -85,9 +92,15 @@ class Progress:
         ]
         sizes = [selection.size.float() for selection in chosen]
         width = short.embeds.shape[1]
+        padded = [selection.padded for selection in chosen]
         return cls(
-            layout, slots, sizes, short.mask, short.restore, list(short.lengths), width
+            layout, slots, sizes, short.mask, short.restore, list(short.lengths), width, padded,
+            weighs,
         )  # fmt: skip
+
+    def bias(self, batch: int) -> Tensor | None:
+        """Logarithms of the sizes of all keys `[B, K]`, or None where nobody weighs them."""
+        return key_bias(self.sizes, self.slots, batch, self.width) if self.weighs else None
 
 
 class StageProbe:
@@ -186,7 +199,7 @@ def advance(
     for number, group in enumerate(progress.layout.groups):
         slots = progress.slots[number]
         count = slots.shape[1]
-        padded = bool(progress.live is not None) and bool((slots == end).any())
+        padded = progress.padded[number]
         budget = min(method.stage_budget(progress.done, group.tokens), count)
         signals = Signals(
             x=hidden.flatten(0, 1)[slots.clamp_max(end - 1)],
@@ -212,6 +225,7 @@ def advance(
         here = slots.gather(1, selection.index.clamp_min(0))
         places.append(torch.where(selection.index < 0, end, here).flatten())
         progress.sizes[number] = _joined(selection, progress.sizes[number])
+        progress.padded[number] = selection.padded
         chosen.append(selection)
     left = compacted(hidden, stay, places, lengths, chosen)
     for number, selection in enumerate(chosen):
@@ -226,7 +240,7 @@ def advance(
     progress.inputs = {}
     cache = kwargs.get("past_key_values")
     if cache is not None:
-        add_stage(cache, progress.width, left.mask)
+        add_stage(cache, progress.width, left.mask, progress.bias(batch))
     return left.tokens, left
 
 
@@ -261,7 +275,9 @@ def _shorter(name: str, given: Any, progress: Progress, text: Any, tokens: Tenso
     if isinstance(given, Tensor) and given.dim() == 4:
         rows = torch.take_along_dim(given, order[:, None, :, None], 2)
         mask = torch.take_along_dim(rows, order[:, None, None, :], 3)
-        return mask if progress.live is None else _hide(mask, progress.live)
+        mask = mask if progress.live is None else _hide(mask, progress.live)
+        bias = progress.bias(len(order))
+        return mask if bias is None else weighted_mask(mask, bias, tokens)
     if given is None or given.dim() == 2:
         return create_causal_mask(
             config=text.config,
@@ -302,9 +318,9 @@ def later_inputs(state: State, stage: int, kwargs: dict[str, Any], implementatio
         return kwargs | {"attention_mask": torch.cat([seen.to(given), given[:, state.kept :]], 1)}
     past = seen[:, None, None].expand(-1, *given.shape[1:3], -1)
     if given.dtype != torch.bool:
-        past = torch.zeros_like(past, dtype=given.dtype).masked_fill(
-            ~past, torch.finfo(given.dtype).min
-        )
+        bias = torch.zeros_like(seen, dtype=given.dtype) if here.bias is None else here.bias
+        bias = bias.to(given.dtype)[:, None, None].expand_as(past)
+        past = bias.masked_fill(~past, torch.finfo(given.dtype).min)
     return kwargs | {"attention_mask": torch.cat([past, given[..., state.kept :]], -1)}
 
 

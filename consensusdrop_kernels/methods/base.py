@@ -145,12 +145,16 @@ class Selection:
 class Method(ABC):
     """Base of all methods: override `select`, and `needs` if it needs less than everything.
 
-    A subclass is a frozen dataclass with at least a `keep` field. `positions`, `query`,
-    `budget_scope` and `blend` tell the model's side how to number the shorter sequence, which rows
-    are the question, whether crops of an image compete with each other ("image") or have budgets of
-    their own ("crop"), and how what belongs to the tokens is merged along; fields of these names
-    override the defaults here. `positions` None is the model's own way: "compact", or "original"
-    where positions have height and width.
+    A subclass is a frozen dataclass with at least a `keep` field. Fields of these names override
+    the defaults here, which tell the model's side
+
+    - `positions`: how to number the shorter sequence; None is the model's own way, "compact", or
+      "original" where positions have height and width;
+    - `query`: which rows are the question;
+    - `budget_scope`: whether crops of an image compete with each other ("image") or have budgets of
+      their own ("crop");
+    - `blend`: how what belongs to the tokens is merged along, see `token_merge`;
+    - `size_attention`: whether the LLM attends to a merged token as to those it stands for.
     """
 
     keep: int | float
@@ -158,6 +162,7 @@ class Method(ABC):
     budget_scope: str = "image"
     query: str | QueryRule = "after_image"
     blend: float = 1.0
+    size_attention: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -260,6 +265,12 @@ def check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_count(name: str, value: Any, least: int = 0) -> None:

@@ -24,6 +24,7 @@ from .base import (
     TextProbe,
     check_choice,
     check_count,
+    check_flag,
     check_keep,
     check_range,
     encoder_saliency,
@@ -63,6 +64,9 @@ class ConsensusDrop(Method):
             place of the kept tokens (which then stay as they are).
         threshold: cosine below which a dropped token joins nothing; -1 merges every token.
         blend: 1 merges by the true mean, 0 leaves the kept token as it is.
+        size_attention: the LLM attends to a merged token as to the tokens it stands for: the
+            logarithm of its size is added to the logits of its key in every layer. Gives back what
+            merging takes from counting; flash attention has no such bias, its layers run sdpa.
         positions: "compact" numbers what is left without gaps (as the research codes do),
             "original" leaves each token its own position; None is "compact", but "original" in
             models whose positions have height and width (M-RoPE).
@@ -90,6 +94,7 @@ class ConsensusDrop(Method):
     blend: float = 1.0
     positions: str | None = None
     budget_scope: str = "image"
+    size_attention: bool = False
     query: str | QueryRule = "after_image"
 
     def __post_init__(self) -> None:
@@ -98,8 +103,8 @@ class ConsensusDrop(Method):
         check_choice("fusion", self.fusion, FUSIONS)
         check_count("probe_layer", self.probe_layer)
         check_choice("rows", self.rows, ROWS)
-        if not isinstance(self.rotary, bool):
-            raise ValueError(f"rotary must be True or False, got {self.rotary!r}")
+        check_flag("rotary", self.rotary)
+        check_flag("size_attention", self.size_attention)
         check_choice("probe_context", self.probe_context, CONTEXTS)
         check_count("contextual", self.contextual)
         check_range("threshold", self.threshold, -1.0, 1.0)

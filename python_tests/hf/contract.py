@@ -27,6 +27,7 @@ class Sequence:
     masks: dict[str, Tensor] | Tensor | None
     deepstack: list[Tensor] | None
     visual: Tensor | None
+    sizes: Tensor | None = None  # how many tokens each key is attended to as, `[K]`
 
 
 class Unpatched:
@@ -68,6 +69,8 @@ class Unpatched:
     def hidden(self, sequence: Sequence) -> Tensor:
         """`[K, D]`, without a cache."""
         mask = sequence.masks
+        if sequence.sizes is not None:
+            mask = _weighed(mask, sequence.sizes)
         given: dict[str, Any] = {
             "inputs_embeds": sequence.embeds[None],
             "position_ids": sequence.positions[..., None, :],
@@ -109,7 +112,17 @@ class Unpatched:
             masks,
             sequence.deepstack,
             None if visual is None else torch.cat([visual, torch.zeros(1, dtype=torch.bool)]),
+            None if sequence.sizes is None else torch.cat([sequence.sizes, torch.ones(1)]),
         )
+
+
+def _weighed(mask: Any, sizes: Tensor) -> Any:
+    """Whole masks to add: the logarithm of each key's size where it is seen."""
+    if isinstance(mask, dict):
+        return {kind: _weighed(one, sizes) for kind, one in mask.items()}
+    count = len(sizes)
+    seen = torch.ones(count, count, dtype=torch.bool).tril() if mask is None else mask
+    return sizes.log().expand(count, -1).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
 def _whole(mask: Any, length: int) -> Any:
@@ -150,11 +163,12 @@ def choices(pruning: Any, row: int, shift: int) -> list[Choice]:
 
 def pruned(
     sequence: Sequence, chosen: list[Choice], placeholders: Tensor, compact: bool,
-    merged: bool = True,
+    merged: bool = True, weighed: bool = False,
 ) -> Sequence:  # fmt: skip
     """The sequence as a method leaves it: plain means, everything else filtered."""
     left = ~placeholders
     embeds = sequence.embeds.clone()
+    sizes = torch.ones(len(embeds))
     layers = None if sequence.deepstack is None else [d.clone() for d in sequence.deepstack]
     number = None if sequence.visual is None else sequence.visual.cumsum(0) - 1
     for one in chosen:
@@ -162,6 +176,7 @@ def pruned(
             members = one.columns[one.assign == slot] if merged else one.columns[[token]]
             here = one.columns[token]
             left[here] = True
+            sizes[here] = len(members)
             embeds[here] = sequence.embeds[members].double().mean(0).to(embeds.dtype)
             for layer, features in enumerate(layers or []):
                 assert sequence.deepstack is not None
@@ -182,4 +197,6 @@ def pruned(
         visual = (sequence.visual & left)[places]
         kept = (sequence.visual & left)[sequence.visual]
         layers = [features[kept] for features in layers or []]
-    return Sequence(embeds[places], positions, masks, layers, visual)
+    return Sequence(
+        embeds[places], positions, masks, layers, visual, sizes[places] if weighed else None
+    )  # fmt: skip

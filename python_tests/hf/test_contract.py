@@ -32,7 +32,8 @@ def placeholders(family: Family, ids: torch.Tensor) -> torch.Tensor:
 
 
 def wanted(
-    family: Family, model: Any, handle: Any, row: int, total: int, *, merged: bool
+    family: Family, model: Any, handle: Any, row: int, total: int, *, merged: bool = True,
+    weighed: bool = False,
 ) -> tuple[list[int], torch.Tensor]:  # fmt: skip
     """Tokens and logits of one prompt of the last prefill, without our hooks."""
     sample = family.samples()[row]
@@ -42,7 +43,7 @@ def wanted(
     chosen = choices(handle.last, row, shift)
     compact = handle.method.positions != "original" and not family.spatial
     here = placeholders(family, sample["input_ids"][0])
-    return plain.greedy(pruned(sequence, chosen, here, compact, merged), STEPS)
+    return plain.greedy(pruned(sequence, chosen, here, compact, merged, weighed), STEPS)
 
 
 def positions(family: Family) -> tuple[str | None, ...]:
@@ -74,6 +75,25 @@ def test_a_padded_batch_is_what_each_prompt_is_alone(family: Family, kind: str) 
                 torch.testing.assert_close(logits[row], want, atol=2e-4, rtol=1e-4)
                 assert out.sequences[row, length:].tolist() == ids
         assert torch.equal(out.sequences[:, :length], batch["input_ids"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_merged_tokens_are_attended_to_by_their_sizes(family: Family, attention: str) -> None:
+    """Through the prefill and every step, with padding and several images; without a cache too."""
+    plain, model = family.model(), family.model()
+    model.set_attn_implementation(attention)
+    batch = family.join(family.samples())
+    length = batch["input_ids"].shape[1]
+    with patch(model, ConsensusDrop(keep=family.keep, size_attention=True)) as handle:
+        out = model.generate(**batch, **GREEDY)
+        for row in range(len(batch["input_ids"])):
+            ids, want = wanted(family, plain, handle, row, length, weighed=True)
+            got = torch.stack(out.logits, 1)[row]
+            torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+            assert out.sequences[row, length:].tolist() == ids
+        uncached = model.generate(**batch, max_new_tokens=STEPS, do_sample=False, use_cache=False)
+    assert torch.equal(uncached, out.sequences)
 
 
 @torch.no_grad()

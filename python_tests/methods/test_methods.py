@@ -76,7 +76,7 @@ def test_options_of_random_are_checked(options: dict[str, Any]) -> None:
 
 
 def test_what_is_not_there_yet_is_no_option() -> None:
-    for name in ("probe", "coverage", "size_attention"):
+    for name in ("probe", "coverage"):
         with pytest.raises(TypeError, match=name):
             ConsensusDrop(keep=4, **{name: 1})
     with pytest.raises(FrozenInstanceError):
