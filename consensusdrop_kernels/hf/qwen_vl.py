@@ -98,8 +98,9 @@ def _received(tapped: list[Tapped], segments: Tensor) -> tuple[Tensor, Tensor]:
     Flash attention takes all frames in one call, the others one by one; `segments [S+1]` on the CPU
     is where each starts.
     """
-    q, k = (torch.cat([t[side] for t in tapped], 2) if len(tapped) > 1 else tapped[0][side]
-            for side in (0, 1))  # fmt: skip
+    q, k, scale = tapped[0]
+    if len(tapped) > 1:
+        q, k = torch.cat([t.q for t in tapped], 2), torch.cat([t.k for t in tapped], 2)
     if int(segments[-1]) != k.shape[2] or len(k) != 1:
         raise RuntimeError(
             f"the tapped attention must see the {int(segments[-1])} patches of the grids, got keys "
@@ -110,7 +111,7 @@ def _received(tapped: list[Tapped], segments: Tensor) -> tuple[Tensor, Tensor]:
         k[0].transpose(0, 1),
         segments.to(k.device),
         int(segments.diff().max()),
-        scale=tapped[0].scale,
+        scale=scale,
     )
     return received, k[0].mean(0)
 
