@@ -234,7 +234,7 @@ def _follow(positions: Tensor, state: State, steps: Tensor, fresh: Tensor | None
 
 
 def _alike(positions: Tensor, wanted: Tensor) -> Tensor:
-    """Where positions are those wanted, `[B, n]`; of four rows, the first says nothing of places."""
+    """Where positions are those wanted, `[B, n]`; the first of four rows says nothing of places."""
     positions = positions[-3:] if positions.dim() == 3 else positions
     good = positions == (wanted[-3:] if wanted.dim() == 3 else wanted)
     return good.all(0) if good.dim() == 3 else good
