@@ -356,7 +356,10 @@ class Hooks:
             cached = wants_cache(kwargs, self._text)
             self._report(chosen, signals, layout, None, embeds, cached)
             return None
-        short = shorten(embeds, positions, layout, chosen, self._compact, self._keep_breaks)
+        breaks = layout.breaks
+        if not self._keep_breaks:  # then those go whose image is cut, here or further on
+            breaks = layout.unbroken([every and not self._stages for every in whole])
+        short = shorten(embeds, positions, layout, chosen, self._compact, breaks)
         check_static(prefill.cache, layout, short)
         changed = shortened_inputs(kwargs, layout, chosen, short, self._text, self.method.blend)
         kwargs = kwargs | changed

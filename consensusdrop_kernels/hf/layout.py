@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ class Place(NamedTuple):
 
     `columns` `[N]` int64 on the CPU are its patches' places in the prompt `row`; `first` is the
     number of patches that the crops before it have. `source` and `image` say what was encoded.
+    `breaks`, int64 on the CPU too, are the places of what is no patch in the whole image.
     """
 
     row: int
@@ -27,6 +29,7 @@ class Place(NamedTuple):
     source: int = 0
     image: int = 0
     first: int = 0
+    breaks: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -62,6 +65,21 @@ class Layout:
         last = torch.zeros_like(self.asking)
         last[:, -count:] = True
         return self.without(last)
+
+    def unbroken(self, whole: Sequence[bool]) -> Tensor:
+        """The breaks of images that stay as they are, `[B, L]` bool on the CPU; `whole` says of
+        which groups all tokens are kept. An image of several crops is whole if all of them are."""
+        cut = {
+            (place.row, place.source, place.image)
+            for group, every in zip(self.groups, whole, strict=True)
+            for place in group.places
+            if not every
+        }
+        kept = torch.zeros_like(self.breaks)
+        for place in self.places:
+            if place.breaks is not None and (place.row, place.source, place.image) not in cut:
+                kept[place.row, place.breaks] = True
+        return kept
 
     def without(self, mask: Tensor) -> Layout:
         """The same layout, where the places of a mask `[B, L]` are no question."""
@@ -146,12 +164,12 @@ def locate(
                 raise ValueError("the prompt has placeholders of pictures that were not encoded")
             continue
         for row, image, columns in _images(mask.bool(), found.tokens):
-            patches = found.is_patch(image)
+            patches, others = found.is_patch(image), None
             if patches is not None:
-                breaks[row, columns[~patches]] = True
-                columns = columns[patches]
+                others, columns = columns[~patches], columns[patches]
+                breaks[row, others] = True
             if len(columns):
-                place = Place(row, columns, found.grids[image], source, image)
+                place = Place(row, columns, found.grids[image], source, image, breaks=others)
                 places += _crops(place, found) if by_crop else [place]
     places.sort(key=lambda place: (place.row, int(place.columns[0])))
     here = torch.stack(masks).any(0)
@@ -175,19 +193,18 @@ def _images(mask: Tensor, tokens: tuple[int, ...]) -> Iterable[tuple[int, int, T
         )
     repeat, image = total // encoded, 0
     for first in range(0, len(mask), repeat):
-        start, done = image, 0
-        while done < counts[first]:
-            if image == len(tokens):
-                break
-            for row in range(first, first + repeat):
-                yield row, image, columns[row][done : done + tokens[image]]
-            done += tokens[image]
+        start, ends = image, [0]
+        while ends[-1] < counts[first] and image < len(tokens):
+            ends.append(ends[-1] + tokens[image])
             image += 1
-        if done != counts[first] or len(set(counts[first : first + repeat])) != 1:
+        if ends[-1] != counts[first] or len(set(counts[first : first + repeat])) != 1:
             raise ValueError(
                 f"a prompt's {counts[first]} image placeholders must be whole images, of "
                 f"{list(tokens[start:image])} tokens"
             )
+        for at, (begin, end) in enumerate(itertools.pairwise(ends), start):
+            for row in range(first, first + repeat):
+                yield row, at, columns[row][begin:end]
     if image != len(tokens):
         raise ValueError(f"{len(tokens)} images were encoded, but the prompts hold {image}")
 
@@ -241,18 +258,19 @@ class Shortened:
 
 def shorten(
     embeds: Tensor, positions: Tensor, layout: Layout, chosen: Sequence[Selection], compact: bool,
-    keep_breaks: bool = False,
+    breaks: Tensor | None = None,
 ) -> Shortened:  # fmt: skip
     """Replace the visual tokens of `[B, L, D]` by those chosen of each group, at their places.
 
     `positions` is `[B, L]`, or has spatial dimensions before. Compact positions are the prompt's
-    less the tokens dropped before, so they run without gaps whatever the padding was.
+    less the tokens dropped before, so they run without gaps whatever the padding was. `breaks`
+    `[B, L]` bool on the CPU are the breaks that stay; None: none do.
     """
     batch, length, _ = embeds.shape
     device = embeds.device
     stay = layout.valid & ~layout.visual
-    if keep_breaks:
-        stay = stay | (layout.breaks & layout.valid)
+    if breaks is not None:
+        stay = stay | (breaks & layout.valid)
     lengths = stay.sum(1).tolist()
     places = []
     for group, selection in zip(layout.groups, chosen, strict=True):

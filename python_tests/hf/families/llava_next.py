@@ -84,10 +84,10 @@ def build(name: str, **options: Any) -> Any:
         )  # fmt: skip
         make = LlavaNextVideoForConditionalGeneration
     else:
+        siglip = {"vision_config": SiglipVisionConfig(vision_use_head=False, **tower)}
         config = LlavaOnevisionConfig(
-            vision_config=SiglipVisionConfig(vision_use_head=False, **tower),
             text_config=Qwen2Config(**text), video_token_index=VIDEO,
-            vision_aspect_ratio="anyres_max_2", **(shared | options),
+            vision_aspect_ratio="anyres_max_2", **(siglip | shared | options),
         )  # fmt: skip
         make = LlavaOnevisionForConditionalGeneration
     model = loud(make(config), IMAGE, VIDEO)
