@@ -344,14 +344,7 @@ class Hooks:
         positions = full_positions(
             kwargs.get("position_ids"), embeds, self._adapter.spatial_positions
         )
-        signals = [self._signals(embeds, positions, g, prefill.encoded) for g in layout.groups]
-
-        budgets = [self.method.budget(group.tokens) for group in layout.groups]
-        whole = [b == g.tokens for b, g in zip(budgets, layout.groups, strict=True)]
-        chosen = [
-            self.method.identity(one) if every else self.method.select(one)
-            for one, every in zip(signals, whole, strict=True)
-        ]
+        signals, chosen, whole = self._choose(layout, embeds, positions, prefill.encoded)
         if all(whole) and not self._stages:
             cached = wants_cache(kwargs, self._text)
             self._report(chosen, signals, layout, None, embeds, cached)
@@ -493,6 +486,19 @@ class Hooks:
             else prefill.ids == n
             for n, found in zip(ids, prefill.encoded, strict=True)
         ]
+
+    def _choose(
+        self, layout: Layout, embeds: Tensor, positions: Tensor, found: list[Encoded | None]
+    ) -> tuple[list[Signals], list[Selection], list[bool]]:
+        """For each group: what the model says, what the method keeps, and whether that is all."""
+        signals = [self._signals(embeds, positions, group, found) for group in layout.groups]
+        budgets = [self.method.budget(group.tokens) for group in layout.groups]
+        whole = [b == g.tokens for b, g in zip(budgets, layout.groups, strict=True)]
+        chosen = [
+            self.method.identity(one) if every else self.method.select(one)
+            for one, every in zip(signals, whole, strict=True)
+        ]
+        return signals, chosen, whole
 
     def _signals(
         self, embeds: Tensor, positions: Tensor, group: Group, found: list[Encoded | None]

@@ -14,7 +14,7 @@ from .cache import attach
 from .inputs import is_static
 from .layout import Layout, Shortened, merge_alike
 
-_DEEPSTACK = "deepstack_visual_embeds"
+DEEPSTACK = "deepstack_visual_embeds"
 
 
 def shortened_inputs(
@@ -38,11 +38,11 @@ def shortened_inputs(
     changed = {
         "inputs_embeds": short.embeds,
         "attention_mask": mask,
-        "position_ids": _positions(short),
+        "position_ids": decoder_positions(short),
         "past_key_values": cache,
     }
-    if kwargs.get(_DEEPSTACK) is not None:
-        changed |= _deepstack(kwargs, layout, chosen, short, blend)
+    if kwargs.get(DEEPSTACK) is not None:
+        changed |= merged_deepstack(kwargs, layout, chosen, short, blend)
     return changed
 
 
@@ -53,7 +53,8 @@ def wants_cache(kwargs: dict[str, Any], text: Any) -> bool:
     return bool(wanted) or kwargs.get("past_key_values") is not None
 
 
-def _positions(short: Shortened) -> Tensor:
+def decoder_positions(short: Shortened) -> Tensor:
+    """Positions of the shorter sequence, as the decoder stack takes them."""
     if short.positions.dim() == 3 and len(short.positions) == 4:
         # The first of four rows only tells packed sequences apart: here there is one.
         count = torch.arange(short.positions.shape[-1], device=short.positions.device)
@@ -83,7 +84,7 @@ def _mask(given: Any, short: Shortened) -> Any:
     return out.masked_fill(hidden, torch.finfo(out.dtype).min)
 
 
-def _deepstack(
+def merged_deepstack(
     kwargs: dict[str, Any], layout: Layout, chosen: Sequence[Selection], short: Shortened,
     blend: float,
 ) -> dict[str, Any]:  # fmt: skip
@@ -95,10 +96,10 @@ def _deepstack(
     visual[torch.cat(short.slots)] = True
     visual = visual[:-1]
     merged = []
-    for features in kwargs[_DEEPSTACK]:
+    for features in kwargs[DEEPSTACK]:
         out = features.new_zeros(batch * width + 1, features.shape[-1])
         for group, selection, where in zip(layout.groups, chosen, short.slots, strict=True):
             mine = merge_alike(selection, features[number[group.flat]], blend)
             out = out.index_copy(0, where, mine.flatten(0, 1))
         merged.append(out[:-1][visual])
-    return {_DEEPSTACK: merged, "visual_pos_masks": visual.view(batch, width)}
+    return {DEEPSTACK: merged, "visual_pos_masks": visual.view(batch, width)}
