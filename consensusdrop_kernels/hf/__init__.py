@@ -7,6 +7,7 @@ shortens the sequence and `prefill` what goes with it, `cache` corrects the call
 `report` tells what happened.
 """
 
+from . import gemma as _gemma  # noqa: F401
 from . import llava as _llava  # noqa: F401  (registers its adapter)
 from . import llava_next as _llava_next  # noqa: F401
 from . import qwen_vl as _qwen_vl  # noqa: F401

@@ -95,6 +95,8 @@ class Adapter:
         spatial_positions: rotary positions have height and width (M-RoPE): tokens keep their own.
         first_stage: `config -> int`, the first decoder layer before which tokens may be dropped: 1,
             or past the layers that features are added to.
+        whole_masks: image tokens see each other, so that masks say more than what is padding.
+        required: names of inputs without which a prompt with images is not what it should be.
     """
 
     model_types: tuple[str, ...]
@@ -103,6 +105,8 @@ class Adapter:
     sources: tuple[Source, ...]
     spatial_positions: bool = False
     first_stage: Callable[[Any], int] = lambda config: 1
+    whole_masks: bool = False
+    required: tuple[str, ...] = ()
 
 
 _REGISTRY: dict[str, Adapter] = {}

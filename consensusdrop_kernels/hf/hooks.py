@@ -27,6 +27,7 @@ from .cache import continue_call, state_of, weigh
 from .calls import Calls
 from .inputs import (
     check_cache,
+    check_prompt,
     check_static,
     first_tokens,
     full_positions,
@@ -283,6 +284,7 @@ class Hooks:
 
     def _start(self, given: dict[str, Any], cache: Any) -> None:
         check_cache(cache, self._text)
+        check_prompt(given, cache, self._adapter)
         if given.get("input_ids") is None:
             raise NotImplementedError(
                 "images with inputs_embeds: pass input_ids, image placeholders are found by id"
@@ -376,7 +378,8 @@ class Hooks:
             raise NotImplementedError("size_attention can't use a static cache")
         sizes = [selection.size for selection in chosen]
         bias = key_bias(sizes, short.slots, *embeds.shape[:2])
-        kwargs["attention_mask"] = weighted_mask(kwargs["attention_mask"], bias, embeds)
+        mask = kwargs["attention_mask"]
+        kwargs["attention_mask"] = weighted_mask(mask, bias, embeds, self._text)
         if cache is not None:
             weigh(cache, bias)
 
@@ -387,10 +390,8 @@ class Hooks:
         if state is None or state.bias is None:
             return None
         embeds, given = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        if given is None:
-            held = int(cache.get_seq_length()) + embeds.shape[1]
-            given = torch.ones(len(embeds), held, dtype=torch.bool, device=embeds.device)
-        return args, kwargs | {"attention_mask": weighted_mask(given, state.bias, embeds)}
+        mask = weighted_mask(given, state.bias, embeds, self._text, cache)
+        return args, kwargs | {"attention_mask": mask}
 
     def _before_layer(self, at: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before every layer from the first stage on: prune, or hand on what fits the length."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapter import Adapter
 from .layout import Layout, Shortened
 
 IGNORED = -100  # the label of a token that no loss is taken of
@@ -90,6 +91,21 @@ def check_cache(cache: Any, text: Any) -> None:
         raise NotImplementedError(
             "images can't be pruned on a cache that already holds tokens (another turn, or chunked "
             "prefill); start without past_key_values"
+        )
+
+
+def check_prompt(given: dict[str, Any], cache: Any, adapter: Adapter) -> None:
+    """Raises for inputs with images that a model family can't do with, or without."""
+    missing = [name for name in adapter.required if given.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} must come with the images (the processor makes them): they say "
+            "which tokens see each other"
+        )
+    if adapter.whole_masks and is_static(cache):
+        raise NotImplementedError(
+            "a static cache can't be pruned in a model whose image tokens see each other; use the "
+            "default cache"
         )
 
 

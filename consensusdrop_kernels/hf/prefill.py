@@ -13,6 +13,7 @@ from ..methods.base import Selection
 from .cache import attach
 from .inputs import is_static
 from .layout import Layout, Shortened, merge_alike
+from .sizes import FULL, SLIDING
 
 DEEPSTACK = "deepstack_visual_embeds"
 
@@ -29,7 +30,7 @@ def shortened_inputs(
     if cache is None and wants_cache(kwargs, text):
         cache = DynamicCache(config=text.config)
     # The whole masks that `generate` makes for a static cache say nothing but what is padding.
-    mask = short.mask if is_static(cache) else _mask(kwargs.get("attention_mask"), short)
+    mask = short.mask if is_static(cache) else _mask(kwargs.get("attention_mask"), short, text)
     if cache is not None:
         attach(cache, layout.visual.shape[1], short)
     elif mask is None:
@@ -63,25 +64,53 @@ def decoder_positions(short: Shortened) -> Tensor:
     return short.positions
 
 
-def _mask(given: Any, short: Shortened) -> Any:
-    """The mask of the shorter sequence; whole masks `[B, 1, L, L]`, which hold more than padding
-    (image blocks that see each other), keep what they say of the tokens left."""
-    if isinstance(given, dict):
-        return {kind: _mask(one, short) for kind, one in given.items()}
-    if not isinstance(given, Tensor) or given.dim() != 4 or given.shape[2] == 1:
-        return short.mask
+def _mask(given: Any, short: Shortened, text: Any) -> Any:
+    """The mask of the shorter sequence; whole masks, which hold more than padding (image tokens
+    that see each other), keep what they say of the tokens left.
+
+    Raises:
+        NotImplementedError: whole masks that are no tensors, those of flex attention.
+    """
+    masks = given if isinstance(given, dict) else {FULL: given}
+    if not all(mask is None or isinstance(mask, Tensor) for mask in masks.values()):
+        raise NotImplementedError(
+            "attn_implementation must be sdpa, eager or a flash attention for a model that makes "
+            "whole masks, got flex_attention, whose block masks can't be shortened"
+        )
+    if not all(_is_whole(mask) for mask in masks.values()):
+        return short.mask  # plain causal attention: the decoder makes what it needs of the padding
+    seen = {kind: _seen(mask, short) for kind, mask in masks.items()}
+    if SLIDING in seen and FULL in seen:
+        # A window counts the tokens left, like the cache of its layers; those it held stay in it.
+        place = torch.arange(short.embeds.shape[1], device=short.embeds.device)
+        near = place > place[:, None] - text.config.sliding_window
+        seen[SLIDING] = seen[SLIDING] | (seen[FULL] & near)
+    out = {kind: _like(masks[kind], mask) for kind, mask in seen.items()}
+    return out if isinstance(given, dict) else out[FULL]
+
+
+def _is_whole(mask: Any) -> bool:
+    return mask is not None and mask.dim() == 4 and mask.shape[2] > 1
+
+
+def _seen(whole: Tensor, short: Shortened) -> Tensor:
+    """What the tokens left see of each other, `[B, 1, K, K]` bool, by a mask `[B, 1, L, L]`."""
+    seen = whole if whole.dtype == torch.bool else whole == 0
     order = short.order[:, None]
-    rows = order[..., None].expand(-1, given.shape[1], -1, given.shape[3])
-    out = given.expand(len(order), -1, -1, -1).gather(2, rows)
-    columns = order[:, :, None].expand(-1, given.shape[1], out.shape[2], -1)
+    rows = order[..., None].expand(-1, seen.shape[1], -1, seen.shape[3])
+    out = seen.expand(len(order), -1, -1, -1).gather(2, rows)
+    columns = order[:, :, None].expand(-1, seen.shape[1], out.shape[2], -1)
     out = out.gather(3, columns)
-    if short.mask is None:
-        return out
     # Unused slots stand for tokens that were dropped; nobody may see those.
-    hidden = ~short.mask[:, None, None]
-    if out.dtype == torch.bool:
-        return out & ~hidden
-    return out.masked_fill(hidden, torch.finfo(out.dtype).min)
+    return out if short.mask is None else out & short.mask[:, None, None]
+
+
+def _like(mask: Tensor, seen: Tensor) -> Tensor:
+    """`seen` in the form of a mask: bool, or what is added to the logits."""
+    if mask.dtype == torch.bool:
+        return seen
+    lowest = torch.finfo(mask.dtype).min
+    return torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, lowest)
 
 
 def merged_deepstack(

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: Kinds of layers, as configs and dicts of masks name them.
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 
 def key_bias(sizes: Sequence[Tensor], slots: Sequence[Tensor], batch: int, width: int) -> Tensor:
     """Logarithms of the sizes of all keys, `[B, K]` float32, 0 where a token stands for itself.
@@ -30,35 +33,61 @@ def key_bias(sizes: Sequence[Tensor], slots: Sequence[Tensor], batch: int, width
     return bias[:-1].view(batch, width)
 
 
-def weighted_mask(given: Any, bias: Tensor, embeds: Tensor) -> Any:
+def weighted_mask(
+    given: Any, bias: Tensor, embeds: Tensor, text: Any = None, cache: Any = None
+) -> Any:  # fmt: skip
     """A mask `[B, 1, q, kv]` in the dtype of `embeds [B, q, D]` that hides what `given` hides and
     adds the bias of the first keys, `[B, K]`. The keys behind those are new, of size 1.
 
-    `given` is a mask of any form that a decoder takes: None, `[B, kv]`, 4-D, or a dict of them.
+    Args:
+        given: a mask of any form that a decoder takes: None, `[B, kv]`, 4-D, or a dict of them.
+        text: the decoder stack, where its layers may see a window of the sequence alone: then
+            there is a mask for each kind of layer. None: every layer sees everything.
+        cache: what `embeds` continue; None: nothing.
 
     Raises:
         NotImplementedError: a mask of another form.
     """
+    kinds = (getattr(text.config, "layer_types", None) or [FULL]) if text is not None else [FULL]
+    if SLIDING in kinds and not isinstance(given, dict):
+        given = dict.fromkeys(kinds, given)
     if isinstance(given, dict):
-        return {kind: weighted_mask(mask, bias, embeds) for kind, mask in given.items()}
+        window = text.config.sliding_window
+        return {
+            kind: _weighted(
+                mask, bias, embeds, *_held(cache, embeds.shape[1], kinds.index(kind)),
+                window if kind == SLIDING else None,
+            )
+            for kind, mask in given.items() if kind in kinds
+        }  # fmt: skip
+    return _weighted(given, bias, embeds, *_held(cache, embeds.shape[1], 0), None)
+
+
+def _held(cache: Any, count: int, layer: int) -> tuple[int, int]:
+    """How many keys a layer attends to in a call of `count` tokens, and how many it no longer has:
+    one that sees a window keeps no more."""
+    return (count, 0) if cache is None else cache.get_mask_sizes(count, layer)
+
+
+def _weighted(
+    given: Any, bias: Tensor, embeds: Tensor, keys: int, gone: int, window: int | None
+) -> Tensor:
     if given is not None and not isinstance(given, Tensor):
         raise NotImplementedError(
             f"size_attention can't be added to a mask of type {type(given).__name__}"
         )
-    count = embeds.shape[1]
     if given is not None and given.dim() == 4:
         seen = given if given.dtype == torch.bool else given > torch.finfo(given.dtype).min / 2
-        keys = seen.shape[-1]
     else:
-        keys = count + bias.shape[1] if given is None else given.shape[1]
-        if given is None and count == bias.shape[1]:
-            keys = count  # the prefill: the bias is that of the rows themselves
         place = torch.arange(keys, device=embeds.device)
-        seen = (place <= place[keys - count :, None])[None, None]
+        row = place[keys - embeds.shape[1] :, None]
+        seen = (place <= row) if window is None else (place <= row) & (place > row - window)
+        seen = seen[None, None]
         if given is not None:
-            seen = seen & given[:, None, None, :].bool()
-    whole = torch.nn.functional.pad(bias, (0, keys - bias.shape[1])).to(embeds.dtype)
-    return whole[:, None, None, :].masked_fill(~seen, torch.finfo(embeds.dtype).min)
+            seen = seen & given[:, None, None, gone : gone + keys].bool()
+    whole = torch.nn.functional.pad(bias, (0, gone + keys - bias.shape[1])).to(embeds.dtype)
+    whole = whole[:, None, None, gone:]
+    return whole.masked_fill(~seen, torch.finfo(embeds.dtype).min)
 
 
 class Unflashed:

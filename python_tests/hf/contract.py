@@ -69,6 +69,8 @@ class Unpatched:
     def hidden(self, sequence: Sequence) -> Tensor:
         """`[K, D]`, without a cache."""
         mask = sequence.masks
+        if isinstance(mask, dict):
+            mask = self.windowed(mask)
         if sequence.sizes is not None:
             mask = _weighed(mask, sequence.sizes)
         given: dict[str, Any] = {
@@ -77,15 +79,31 @@ class Unpatched:
             "use_cache": False,
         }
         if isinstance(mask, dict):
-            given["attention_mask"] = {kind: m[None, None] for kind, m in mask.items()}
+            given["attention_mask"] = {kind: self.handed(m) for kind, m in mask.items()}
         elif mask is not None:
-            given["attention_mask"] = mask[None, None]
+            given["attention_mask"] = self.handed(mask)
         else:
             given["attention_mask"] = torch.ones(1, len(sequence.embeds), dtype=torch.long)
         if sequence.deepstack is not None:
             given["deepstack_visual_embeds"] = sequence.deepstack
             given["visual_pos_masks"] = sequence.visual[None]
         return self.text(**given).last_hidden_state[0]
+
+    def handed(self, mask: Tensor) -> Tensor:
+        """A whole mask as the attention in use takes it."""
+        if self.text.config._attn_implementation == "eager" and mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return mask[None, None]
+
+    def windowed(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole masks, in which a layer's window counts the tokens of the sequence as it is: what
+        was dropped makes room for tokens before."""
+        if "sliding_attention" not in masks:
+            return masks
+        place = torch.arange(len(masks["sliding_attention"]))
+        near = place[:, None] - place < self.text.config.sliding_window
+        wide = masks["sliding_attention"] | (masks["full_attention"] & near)
+        return masks | {"sliding_attention": wide}
 
     @torch.no_grad()
     def greedy(self, sequence: Sequence, steps: int) -> tuple[list[int], Tensor]:
@@ -102,7 +120,9 @@ class Unpatched:
         word = self.model.get_input_embeddings()(torch.tensor([token]))
         masks = sequence.masks
         if isinstance(masks, dict):
-            masks = {kind: _grown(mask) for kind, mask in masks.items()}
+            masks = {
+                kind: _grown(mask, kind != "sliding_attention") for kind, mask in masks.items()
+            }
         elif masks is not None:
             masks = _grown(masks)
         visual = sequence.visual
@@ -134,9 +154,9 @@ def _whole(mask: Any, length: int) -> Any:
     return one if one.dtype == torch.bool else one == 0
 
 
-def _grown(mask: Tensor) -> Tensor:
+def _grown(mask: Tensor, all_seen: bool = True) -> Tensor:
     mask = torch.nn.functional.pad(mask, (0, 1), value=False)
-    return torch.cat([mask, torch.ones(1, mask.shape[1], dtype=torch.bool)])
+    return torch.cat([mask, torch.full((1, mask.shape[1]), all_seen)])
 
 
 @dataclass

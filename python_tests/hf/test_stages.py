@@ -101,8 +101,10 @@ def staged_hidden(
             places, hidden = places[keep], hidden[:, keep]
             cos, sin = cos[..., keep, :], sin[..., keep, :]
         count = hidden.shape[1]
-        mask = torch.ones(count, count, dtype=torch.bool).tril()[None, None]
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin))
+        mask = torch.ones(count, count, dtype=torch.bool).tril()
+        if isinstance(sequence.masks, Tensor):
+            mask = sequence.masks[places][:, places]
+        hidden = layer(hidden, attention_mask=mask[None, None], position_embeddings=(cos, sin))
         if sequence.deepstack is not None and at < len(sequence.deepstack):
             assert visual is not None
             hidden[0, visual] += sequence.deepstack[at]
@@ -121,10 +123,10 @@ def wanted(plain: Unpatched, sequence: Sequence, drops: Any) -> tuple[list[int],
 
 
 def full_attention(family: Family) -> bool:
-    """Whether the decoder can have stages, and its loop over the layers is the usual one."""
+    """Whether the decoder can have stages."""
     text = Unpatched(family.model()).text
     kinds = set(getattr(text.config, "layer_types", None) or ["full_attention"])
-    return kinds == {"full_attention"} and family.name != "paligemma"
+    return kinds == {"full_attention"}
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
@@ -133,7 +135,7 @@ def full_attention(family: Family) -> bool:
 def test_stages_are_a_loop_over_the_layers(family: Family, keep: float) -> None:
     """Padded batch, ragged counts, with and without pruning before the decoder."""
     if not full_attention(family):
-        pytest.skip("layers that see a window, or image tokens that see ahead")
+        pytest.skip("layers that see a window")
     model, plain = family.model(), Unpatched(family.model())
     least = 1
     if getattr(model.config.vision_config, "deepstack_visual_indexes", None):
