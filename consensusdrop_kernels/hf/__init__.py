@@ -8,8 +8,11 @@ shortens the sequence and `prefill` what goes with it, `cache` corrects the call
 """
 
 from . import gemma as _gemma  # noqa: F401
+from . import idefics3 as _idefics3  # noqa: F401
+from . import internvl as _internvl  # noqa: F401
 from . import llava as _llava  # noqa: F401  (registers its adapter)
 from . import llava_next as _llava_next  # noqa: F401
+from . import mistral3 as _mistral3  # noqa: F401
 from . import qwen_vl as _qwen_vl  # noqa: F401
 from . import video_llava as _video_llava  # noqa: F401
 from .adapter import Adapter, Encoded, Source, register, supported

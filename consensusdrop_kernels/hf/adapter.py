@@ -71,6 +71,8 @@ class Source:
         pixels: names of the inputs that bring the pictures.
         modality: their key in `mm_encoder_outputs`.
         visual_id: name of the config entry that holds the placeholder token id.
+        joined: the encoder is given crops, not told whose they are: those that stand side by side
+            in a prompt are of one image.
     """
 
     layers: str
@@ -81,6 +83,7 @@ class Source:
     pixels: tuple[str, ...] = ("pixel_values",)
     modality: str = "image"
     visual_id: str = "image_token_id"
+    joined: bool = False
 
 
 @dataclass(frozen=True)

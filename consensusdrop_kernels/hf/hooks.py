@@ -340,7 +340,7 @@ class Hooks:
         valid = padding(prefill.mask, prefill.cache, embeds)
         layout = locate(
             self._masks(prefill), prefill.encoded, valid, prefill.ids, embeds.device,
-            self.method.budget_scope == "crop",
+            self.method.budget_scope == "crop", [s.joined for s in self._adapter.sources],
         )  # fmt: skip
         layout = _prompt_alone(layout, prefill.wanted)
         positions = full_positions(
@@ -508,12 +508,11 @@ class Hooks:
         assert encoded is not None
         device = embeds.device
         images = [place.image for place in group.places]
-        crop = [slice(p.first, p.first + p.tokens) for p in group.places]
 
         def pick(parts: tuple[Tensor, ...] | None) -> Tensor | None:
             if parts is None:
                 return None
-            return torch.stack([parts[i][here] for i, here in zip(images, crop, strict=True)])
+            return torch.stack([place.take(parts) for place in group.places])
 
         q, k = encoded.q_vis, encoded.k_vis
         if q is not None and k is not None and images != list(range(len(q))):

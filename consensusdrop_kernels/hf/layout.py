@@ -19,7 +19,8 @@ class Place(NamedTuple):
     """One image (or crop, where crops have budgets of their own) in the prompts of a batch.
 
     `columns` `[N]` int64 on the CPU are its patches' places in the prompt `row`; `first` is the
-    number of patches that the crops before it have. `source` and `image` say what was encoded.
+    number of patches that the crops before it have. `source` and `image` say what was encoded;
+    `parts` pictures in a row, where the encoder was given the crops of an image as so many.
     `breaks`, int64 on the CPU too, are the places of what is no patch in the whole image.
     """
 
@@ -30,11 +31,18 @@ class Place(NamedTuple):
     image: int = 0
     first: int = 0
     breaks: Tensor | None = None
+    parts: int = 1
 
     @property
     def tokens(self) -> int:
         """`N`."""
         return len(self.columns)
+
+    def take(self, encoded: tuple[Tensor, ...]) -> Tensor:
+        """Its tokens `[N, ...]` of what was encoded, a tensor per picture."""
+        own = encoded[self.image : self.image + self.parts]
+        whole = own[0] if self.parts == 1 else torch.cat(own)
+        return whole[self.first : self.first + self.tokens]
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ class Group:
 
 def locate(
     visual: Sequence[Tensor], encoded: Sequence[Encoded | None], valid: Tensor | None,
-    ids: Tensor, device: torch.device, by_crop: bool = False,
+    ids: Tensor, device: torch.device, by_crop: bool = False, joined: Sequence[bool] = (),
 ) -> Layout:  # fmt: skip
     """Find the images; the features of a source go to its placeholders in order.
 
@@ -150,6 +158,7 @@ def locate(
         ids: `[B, L]` int64.
         device: where the embeddings are.
         by_crop: whether crops and frames count as images.
+        joined: the sources whose pictures, where they stand side by side, are crops of one image.
 
     Raises:
         ValueError: the placeholders are not those of whole images.
@@ -157,7 +166,7 @@ def locate(
     real = torch.ones_like(ids) if valid is None else valid.long()
     ids, real, *masks = torch.stack([ids, real, *(mask.long() for mask in visual)]).cpu()
     breaks = torch.zeros_like(ids, dtype=torch.bool)
-    places: list[Place] = []
+    places: list[list[Place]] = [[] for _ in encoded]
     for source, (mask, found) in enumerate(zip(masks, encoded, strict=True)):
         if not bool(mask.any()) or found is None:
             if bool(mask.any()):
@@ -170,10 +179,30 @@ def locate(
                 breaks[row, others] = True
             if len(columns):
                 place = Place(row, columns, found.grids[image], source, image, breaks=others)
-                places += _crops(place, found) if by_crop else [place]
-    places.sort(key=lambda place: (place.row, int(place.columns[0])))
+                places[source] += _crops(place, found) if by_crop else [place]
+        if any(joined[source : source + 1]) and not by_crop:
+            places[source] = _joined(places[source])
     here = torch.stack(masks).any(0)
-    return Layout(ids, here, real.bool(), real.bool(), breaks, tuple(places), device)
+    in_order = tuple(sorted(itertools.chain(*places), key=_where))
+    return Layout(ids, here, real.bool(), real.bool(), breaks, in_order, device)
+
+
+def _where(place: Place) -> tuple[int, int]:
+    return place.row, int(place.columns[0])
+
+
+def _joined(places: list[Place]) -> list[Place]:
+    """Pictures that follow each other without a token between them as one, one above the other."""
+    out: list[Place] = []
+    for place in sorted(places, key=_where):
+        last = out[-1] if out else None
+        if last is not None and _where(place) == (last.row, int(last.columns[-1]) + 1):
+            columns = torch.cat([last.columns, place.columns])
+            grid = last.grid[0] + place.grid[0], place.grid[1]
+            out[-1] = last._replace(columns=columns, grid=grid, parts=last.parts + place.parts)
+        else:
+            out.append(place)
+    return out
 
 
 def _images(mask: Tensor, tokens: tuple[int, ...]) -> Iterable[tuple[int, int, Tensor]]:
