@@ -20,6 +20,8 @@ def padding(mask: Any, cache: Any, embeds: Tensor) -> Tensor | None:
         NotImplementedError: a mask of another form.
     """
     batch, length = embeds.shape[:2]
+    if isinstance(mask, dict) and set(mask) == {"full_attention"} and is_static(cache):
+        mask = mask["full_attention"]  # of decoders that might have other kinds, but don't
     if mask is None:
         return None
     if isinstance(mask, Tensor) and mask.dim() == 4 and is_static(cache):

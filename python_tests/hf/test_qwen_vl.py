@@ -325,6 +325,33 @@ def test_another_turn_on_a_pruned_cache_is_refused(name: str) -> None:
             model.generate(more, past_key_values=out.past_key_values, max_new_tokens=2)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_static_cache(name: str) -> None:
+    model = model_of(name)
+    inputs = sample(name, 3, *ENDS["text"])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with patch(model, METHOD):
+        want = model.generate(**inputs, **options)
+        got = model.generate(**inputs, **options, cache_implementation="static")
+        assert torch.equal(got, want)
+        family = FAMILIES[f"{name}-images"]
+        batch = family.join(family.samples())
+        with pytest.raises(NotImplementedError, match="a static cache takes only prompts of one"):
+            model.generate(**batch, **options, cache_implementation="static")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_prompt_lookup_decoding(name: str) -> None:
+    model = model_of(name)
+    inputs = sample(name, 3, *ENDS["text"])
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with patch(model, METHOD):
+        want = model.generate(**inputs, **options)
+        assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=2), want)
+
+
 # Pictures.
 
 

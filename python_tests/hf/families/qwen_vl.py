@@ -58,7 +58,7 @@ def build(name: str) -> Any:
             "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48,
             "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
         }  # fmt: skip
-        text = TEXT | {"head_dim": 12}
+        text = TEXT | {"head_dim": 12, "num_hidden_layers": 4}
         config = Qwen3VLConfig(text_config=text, vision_config=tower, **IDS)
         make = Qwen3VLForConditionalGeneration
     else:
