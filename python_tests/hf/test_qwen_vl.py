@@ -291,6 +291,25 @@ def test_generate_goes_by_its_own_positions(name: str, end: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
+def test_gaps_in_the_text_positions_do_not_pass_for_packed_prompts(name: str) -> None:
+    """Flash attention would look for a new prompt at every gap of the first row."""
+    model = model_of(name)
+    seen: list[Tensor] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["position_ids"])
+
+    with patch(model, METHOD) as handle:
+        hook = model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+        model.generate(**sample(name, 3, *ENDS["text"]), max_new_tokens=1, do_sample=False)
+        hook.remove()
+        left = int(handle.last.keep_mask.sum())
+    assert seen[0].shape == (4, 1, left)
+    assert torch.equal(seen[0][0, 0], torch.arange(left))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
 def test_one_row_of_positions(name: str) -> None:
     """As the stock model takes them: the same for time, height and width."""
     model = model_of(name)
