@@ -14,6 +14,7 @@ from ..methods.base import Method, check_choice
 from . import adapter as adapters
 from .adapter import Adapter
 from .hooks import Hooks
+from .native import Native
 from .report import Pruning, Stats
 
 _ATTRIBUTE = "_cdrop_handle"
@@ -72,6 +73,7 @@ def patch(
     processor: Any = None,
     keep_signals: bool = True,
     breaks: str = "drop",
+    backend: str = "hooks",
     replace: bool = False,
 ) -> Handle:
     """Make a Hugging Face vision-language model spend fewer tokens on each image.
@@ -108,6 +110,13 @@ def patch(
             encoder's keys of one layer and the prompt's embeddings).
         breaks: what becomes of image features that are no patches (line breaks of LLaVA-NeXT, class
             tokens of Video-LLaVA) where an image is pruned: "drop", or "keep", beyond the budget.
+        backend: "hooks", or "native": `generate` prunes the prompt before it starts, and no step of
+            decoding runs anything of ours, so that static caches with padding, compiled decoding
+            and chunked prefill work. For transformers >= 5.18, methods that prune before the
+            decoder alone, and `generate` alone: `model(...)` with pictures raises. A cache that a
+            pruned prompt filled can't be gone on with. A caller's logits processors, stopping
+            criteria and streamer see the whole prompt, those that `generate` makes (a repetition
+            penalty, drafts from the prompt) see it without the dropped placeholders.
         replace: remove an earlier patch first.
 
     Returns:
@@ -116,7 +125,8 @@ def patch(
     Raises:
         TypeError: `method` is no `Method`, or `model` no Transformers model.
         ValueError: the model or its configuration is not supported.
-        RuntimeError: the model is patched already, or its weights are sharded.
+        RuntimeError: the model is patched already, its weights are sharded, or transformers is too
+            old.
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a consensusdrop_kernels Method, got {method!r}")
@@ -126,6 +136,7 @@ def patch(
             "(inside a wrapper such as PEFT, patch the base model)"
         )
     check_choice("breaks", breaks, ("drop", "keep"))
+    check_choice("backend", backend, ("hooks", "native"))
     _check_version()
     found = adapters.find(model.config) if adapter is None else adapter
     _check_parts(model, found)
@@ -135,7 +146,8 @@ def patch(
         raise RuntimeError(
             "the model is patched already: remove() the first handle, or pass replace=True"
         )
-    hooks = Hooks(model, found, method, _special_ids(processor), keep_signals, breaks == "keep")
+    kind = Hooks if backend == "hooks" else Native
+    hooks = kind(model, found, method, _special_ids(processor), keep_signals, breaks == "keep")
     if earlier is not None:
         earlier.remove()
     hooks.install()
