@@ -76,8 +76,8 @@ def test_a_row_of_text_beside_a_row_with_pictures(family: Family) -> None:
     for name, value in family.join([sample]).items():
         both[name] = value
         if value.shape == sample["input_ids"].shape:
-            row = text.get(name, torch.zeros_like(words))
-            padded = torch.nn.functional.pad(row, (length - row.shape[1], 0), value=0)
+            text.setdefault(name, torch.zeros_like(words))
+            padded = torch.nn.functional.pad(text[name], (length - words.shape[1], 0), value=0)
             both[name] = torch.cat([value, padded])
     with patch(model, method(family)):
         whole = model.generate(**both, **GREEDY)
