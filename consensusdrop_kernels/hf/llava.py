@@ -1,66 +1,53 @@
-"""LLaVA 1.5: a CLIP tower with CLS, one token per patch."""
+"""LLaVA 1.5 and its like: a CLIP or SigLIP tower, one token per patch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adapter import Adapter, Encoded, Source, register
 from .tap import Tapped
+from .towers import check_only_patches, class_tokens, feature_layer, option
 
 
 def _tap_layer(config: Any, arguments: Mapping[str, Any]) -> int:
-    """The layer that produced `hidden_states[vision_feature_layer]`; entry 0 is the embedding."""
-    tower = config.vision_config
-    if tower.model_type != "clip_vision_model":
-        raise ValueError(
-            f"the vision tower must be a clip_vision_model (its class token weighs the patches), "
-            f"got {tower.model_type}"
-        )
-    strategy = arguments.get("vision_feature_select_strategy")
-    strategy = config.vision_feature_select_strategy if strategy is None else strategy
-    if strategy != "default":
-        raise ValueError(
-            "vision_feature_select_strategy must be 'default' (the class token stays out of the "
-            f"prompt), got {strategy!r}"
-        )
-    feature = arguments.get("vision_feature_layer")
-    feature = config.vision_feature_layer if feature is None else feature
-    if not isinstance(feature, int):
-        raise ValueError(
-            f"vision_feature_layer must be one layer (a list has no one attention), got {feature}"
-        )
-    layer = feature - 1 if feature >= 0 else tower.num_hidden_layers + feature
-    if not 0 <= layer < tower.num_hidden_layers:
-        raise ValueError(
-            f"vision_feature_layer must name one of the {tower.num_hidden_layers} layers of the "
-            f"tower, got {feature}"
-        )
-    return layer
+    if not class_tokens(config):
+        check_only_patches(config, arguments)
+    return feature_layer(config, arguments)
 
 
 def _encode(
     model: nn.Module, tapped: list[Tapped] | None, output: Any, arguments: Mapping[str, Any]
 ) -> Encoded:
+    """The class token's row speaks, or, without one, every patch's. With the strategy "full" the
+    class token is a feature, but no patch."""
     features = output.pooler_output
     tokens = tuple(len(image) for image in features)
     config: Any = model.config
+    prefix = class_tokens(config)
+    strategy = option(config, arguments, "vision_feature_select_strategy")
+    others = prefix if strategy == "full" else 0
     pixels = arguments["pixel_values"]
-    patch = config.vision_config.patch_size
-    grids = ((pixels.shape[-2] // patch, pixels.shape[-1] // patch),) * len(tokens)
+    size = config.vision_config.patch_size
+    grid = (pixels.shape[-2] // size, pixels.shape[-1] // size)
+    grids, patches = (grid,) * len(tokens), None
+    if others and tokens:
+        patches = (torch.arange(tokens[0]) >= others,) * len(tokens)
     if tapped is None:
-        return Encoded(tokens, grids)
-    each = tokens[0] if tokens else 0
-    if len(tapped) != 1 or tapped[0].k.shape[::2] != (len(tokens), each + 1):
+        return Encoded(tokens, grids, patches=patches)
+    each = tokens[0] - others if tokens else 0
+    if len(tapped) != 1 or tapped[0].k.shape[::2] != (len(tokens), prefix + each):
         raise RuntimeError(
-            f"the tapped attention must see {len(tokens)} images of {each} patches and a class "
-            f"token once, got keys {[tuple(t.k.shape) for t in tapped]}"
+            f"the tapped attention must see {len(tokens)} images of {each} patches after {prefix} "
+            f"class tokens once, got keys {[tuple(t.k.shape) for t in tapped]}"
         )
     q, k, scale = tapped[0]
     # Cloned: a view of the class row would hold the queries of all patches alive.
-    return Encoded(tokens, grids, q[:, :, :1].clone(), k, 1, scale)
+    q = q[:, :, :prefix].clone() if prefix else q
+    return Encoded(tokens, grids, q, k, prefix, scale, patches=patches)
 
 
 LLAVA = register(

@@ -35,8 +35,8 @@ def test_other_models() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "reason"),
     [
-        ("vision_feature_select_strategy", "full", "must be 'default'"),
-        ("vision_feature_layer", [-2, -1], "must be one layer"),
+        ("vision_feature_layer", [-2, -5], "must name one of the 4 layers"),
+        ("vision_feature_layer", [], "must name one of the 4 layers"),
         ("vision_feature_layer", 0, "must name one of the 4 layers"),
         ("vision_feature_layer", -5, "must name one of the 4 layers"),
     ],
@@ -50,18 +50,18 @@ def test_configurations(option: str, value: Any, reason: str) -> None:
 
 def test_other_towers() -> None:
     model = random_llava()
+    model.config.vision_config.model_type = "pixtral"
+    with pytest.raises(ValueError, match="must be one of clip_vision_model, siglip_vision_model"):
+        patch(model, METHOD)
     model.config.vision_config.model_type = "siglip_vision_model"
-    with pytest.raises(ValueError, match="clip_vision_model"):
+    with pytest.raises(ValueError, match="must be 'full' with a siglip_vision_model"):
         patch(model, METHOD)
 
 
 def test_features_of_another_layer_than_the_tapped() -> None:
     model = random_llava()
-    with patch(model, METHOD):
-        with pytest.raises(ValueError, match="features of encoder layer 1"):
-            model(**batch(WORDS), pixel_values=pixels(1), vision_feature_layer=2)
-        with pytest.raises(ValueError, match="must be 'default'"):
-            model(**batch(WORDS), pixel_values=pixels(1), vision_feature_select_strategy="full")
+    with patch(model, METHOD), pytest.raises(ValueError, match="features of encoder layer 1"):
+        model(**batch(WORDS), pixel_values=pixels(1), vision_feature_layer=2)
 
 
 def test_budget_above_the_tokens() -> None:
