@@ -338,11 +338,7 @@ class Hooks:
             raise RuntimeError("images came, but the model's feature function was not called")
         embeds = kwargs["inputs_embeds"]
         valid = padding(prefill.mask, prefill.cache, embeds)
-        layout = locate(
-            self._masks(prefill), prefill.encoded, valid, prefill.ids, embeds.device,
-            self.method.budget_scope == "crop", [s.joined for s in self._adapter.sources],
-        )  # fmt: skip
-        layout = _prompt_alone(layout, prefill.wanted)
+        layout = self._locate(prefill, valid, embeds.device)
         positions = full_positions(
             kwargs.get("position_ids"), embeds, self._adapter.spatial_positions
         )
@@ -487,6 +483,14 @@ class Hooks:
             else prefill.ids == n
             for n, found in zip(ids, prefill.encoded, strict=True)
         ]
+
+    def _locate(self, prefill: _Prefill, valid: Tensor | None, device: torch.device) -> Layout:
+        """Where the images are, and which tokens ask."""
+        layout = locate(
+            self._masks(prefill), prefill.encoded, valid, prefill.ids, device,
+            self.method.budget_scope == "crop", [s.joined for s in self._adapter.sources],
+        )  # fmt: skip
+        return _prompt_alone(layout, prefill.wanted)
 
     def _choose(
         self, layout: Layout, embeds: Tensor, positions: Tensor, found: list[Encoded | None]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ from ..methods.base import Method, Selection
 from .adapter import Adapter
 from .cache import state_of
 from .hooks import Hooks, _Features, _Prefill, _Wanted
-from .inputs import check_cache, full_positions
-from .layout import Layout, Shortened, locate, shorten
+from .inputs import check_cache, check_prompt, full_positions
+from .layout import Layout, Shortened, shorten
 from .prefill import DEEPSTACK, decoder_positions, merged_deepstack
 
 _PRUNED = "_cdrop_native"  # on a cache that `generate` filled with a pruned prompt
@@ -47,8 +48,7 @@ class Native(Hooks):
         self, model: nn.Module, adapter: Adapter, method: Method, special: Tensor | None,
         keep_signals: bool, keep_breaks: bool,
     ) -> None:  # fmt: skip
-        version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-        if version < (5, 18):
+        if _version() < (5, 18):
             raise RuntimeError(
                 f"backend='native' needs transformers >= 5.18, got {transformers.__version__}; "
                 "use backend='hooks'"
@@ -123,6 +123,7 @@ class Native(Hooks):
                 self._check_no_image(given | {"input_ids": ids})
             return None
         check_cache(cache, self._text)
+        check_prompt(given, None, self._adapter)
         self._check_options(given, ids)
         if self._model.device.type != "meta":
             ids = ids.to(self._model.device)
@@ -253,10 +254,7 @@ class Native(Hooks):
         masks, words = self._masks(prefill), self._model.get_input_embeddings()
         visual = torch.stack(masks).any(0)
         embeds = words(prefill.ids.masked_fill(visual, 0))
-        layout = locate(
-            masks, prefill.encoded, prefill.mask, prefill.ids, embeds.device,
-            self.method.budget_scope == "crop",
-        )  # fmt: skip
+        layout = self._locate(prefill, prefill.mask, embeds.device)
         for source, mask in zip(self._adapter.sources, masks, strict=True):
             if source.modality in outputs:
                 features = _flat(outputs[source.modality].pooler_output).to(embeds)
@@ -438,6 +436,10 @@ class _Generate:
         return self._hooks.generate(self._call, args, kwargs)
 
 
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
 def _criterion(one: Any, whole: _Whole) -> Any:
     if type(one) is MaxLengthCriteria:  # a caller's own takes the place of that of `generate`
         return MaxLengthCriteria(one.max_length - whole.dropped, one.max_position_embeddings)
@@ -452,15 +454,15 @@ def _flat(features: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def _stacked(parts: list[Tensor], expands: int) -> Tensor:
-    """One tensor of each prompt's features, for a model that wants no list."""
-    if len({len(part) for part in parts}) == 1:
-        return torch.stack(parts)
-    if expands > 1:
+    """The features of each prompt as one tensor, for a model that wants no list: in pieces of one
+    length that each prompt has a number of."""
+    counts = [len(part) for part in parts]
+    if len(set(counts)) > 1 and expands > 1 and _version() < (5, 19):
         raise NotImplementedError(
-            "with backend='native', beams and several returned sequences need as many visual "
-            f"tokens left in each prompt for this model, got {[len(part) for part in parts]}"
+            "beams and several returned sequences need as many visual tokens left in each prompt "
+            f"before transformers 5.19, which mixes up their features, got {counts}"
         )
-    return torch.cat(parts)[None]
+    return torch.cat(parts).unflatten(0, (-1, math.gcd(*counts)))
 
 
 _CONTINUED = (
