@@ -4,7 +4,8 @@ One module does one thing: `patching` checks and hands out the `Handle`, `hooks`
 installs, `adapter` and one file per family say where a model's parts are, `tap` reads attention
 queries and keys, `inputs` reads what callers pass, `probe` and `query` ask the question, `layout`
 shortens the sequence and `prefill` what goes with it, `cache` corrects the calls that follow,
-`report` tells what happened.
+`report` tells what happened. `native` does without hooks in the decoder, `views` shows callers the
+prompt as it was.
 """
 
 from . import gemma as _gemma  # noqa: F401

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 from ..methods.base import Method, Selection
 from .adapter import Adapter
@@ -27,6 +26,7 @@ from .hooks import Hooks, _Features, _Prefill, _Wanted
 from .inputs import check_cache, check_prompt, full_positions
 from .layout import Layout, Shortened, shorten
 from .prefill import DEEPSTACK, decoder_positions, merged_deepstack
+from .views import Whole, show_whole
 
 _PRUNED = "_cdrop_native"  # on a cache that `generate` filled with a pruned prompt
 _TYPE_IDS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -112,7 +112,7 @@ class Native(Hooks):
         output.sequences = whole.of(output.sequences)
         return output
 
-    def _shorten(self, given: dict[str, Any]) -> _Whole | None:
+    def _shorten(self, given: dict[str, Any]) -> Whole | None:
         """Shorten the arguments of `generate` in place; None where nothing was dropped."""
         self._check_caches(given)
         ids: Any = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
@@ -159,7 +159,7 @@ class Native(Hooks):
         given |= self._inputs(given, prefill, outputs, layout, chosen, short)
         if told:
             given["position_ids"] = decoder_positions(short)
-        return self._retold(given, _Whole(ids, short.embeds.shape[1]))
+        return self._retold(given, Whole(ids, short.embeds.shape[1]))
 
     def _check_caches(self, given: dict[str, Any]) -> None:
         """Refuse a cache that holds a pruned prompt; one that was reset is as good as new."""
@@ -191,17 +191,29 @@ class Native(Hooks):
             raise ValueError(
                 f"max_length must be more than the prompt's {ids.shape[1]} tokens, got {total}"
             )
+        if self._option(given, "prefill_chunk_size") is not None:
+            self._check_chunks(given)
+
+    def _check_chunks(self, given: dict[str, Any]) -> None:
+        """Chunked prefill as transformers does it needs to find the features of each chunk."""
+        if _version() < (5, 23):
+            raise NotImplementedError(
+                "prefill_chunk_size with images needs transformers >= 5.23, got "
+                f"{transformers.__version__}, which would leave them out"
+            )
+        if self._adapter.whole_masks:
+            raise NotImplementedError(
+                "prefill_chunk_size would hide image tokens from each other, which see each other "
+                "in this model: leave it out"
+            )
         for source in self._adapter.sources:
-            known = getattr(self._model.config, f"{source.modality}_token_id", None)
-            placeholder = getattr(self._model.config, source.visual_id)
-            if (
-                self._option(given, "prefill_chunk_size") is not None
-                and placeholder != known
-                and any(given.get(name) is not None for name in source.pixels)
+            known = getattr(self._model.config, f"{source.modality}_token_id")
+            if known != getattr(self._model.config, source.visual_id) and any(
+                given.get(name) is not None for name in source.pixels
             ):
                 raise NotImplementedError(
-                    f"chunked prefill looks for {source.modality} features at the placeholder "
-                    f"{known}, but in this model it is {placeholder}"
+                    f"prefill_chunk_size looks for {source.modality} features at placeholders of "
+                    f"their own, which this model has not"
                 )
 
     def _option(self, given: dict[str, Any], name: str) -> Any:
@@ -336,92 +348,17 @@ class Native(Hooks):
         taken = {getattr(config, source.visual_id) for source in self._adapter.sources} | {None}
         return next(i for i in (pad, *range(len(taken) + 1)) if i not in taken)
 
-    def _retold(self, given: dict[str, Any], whole: _Whole) -> _Whole:
+    def _retold(self, given: dict[str, Any], whole: Whole) -> Whole:
         """Lengths that count the prompt, and whoever looks at it, brought to the shorter one."""
         for name in ("max_length", "min_length"):
             total = self._option(given, name)
             if total and self._option(given, name.replace("length", "new_tokens")) is None:
                 given[name] = max(total - whole.dropped, 0)
-        if given.get("logits_processor"):
-            seen = [_Processor(one, whole) for one in given["logits_processor"]]
-            given["logits_processor"] = LogitsProcessorList(seen)
-        if given.get("stopping_criteria"):
-            made = [_criterion(one, whole) for one in given["stopping_criteria"]]
-            given["stopping_criteria"] = StoppingCriteriaList(made)
-        if given.get("streamer") is not None:
-            given["streamer"] = _Streamer(given["streamer"], whole)
-        if given.get("prefix_allowed_tokens_fn") is not None:
-            rows = 1
-            if (self._option(given, "num_beams") or 1) == 1:
-                rows = self._option(given, "num_return_sequences") or 1
-            given["prefix_allowed_tokens_fn"] = _Prefix(
-                given["prefix_allowed_tokens_fn"], whole, rows
-            )
+        rows = 1
+        if (self._option(given, "num_beams") or 1) == 1:
+            rows = self._option(given, "num_return_sequences") or 1
+        show_whole(given, whole, rows)
         return whole
-
-
-class _Whole:
-    """The prompt `[B, L]` as it was, in front of what follows the `K` tokens left of it."""
-
-    def __init__(self, prompt: Tensor, kept: int) -> None:
-        self.prompt = prompt
-        self.kept = kept
-
-    @property
-    def dropped(self) -> int:
-        """By how much sequences are shorter."""
-        return self.prompt.shape[1] - self.kept
-
-    def of(self, ids: Tensor) -> Tensor:
-        """`[B * R, K + n]` to `[B * R, L + n]`."""
-        prompt = self.prompt.repeat_interleave(len(ids) // len(self.prompt), 0).to(ids.device)
-        return torch.cat([prompt, ids[:, self.kept :]], 1)
-
-
-class _Processor:
-    """A caller's logits processor, which sees the prompt as it was."""
-
-    def __init__(self, one: Callable[..., Any], whole: _Whole) -> None:
-        self._one = one
-        self._whole = whole
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
-        return self._one(self._whole.of(input_ids), scores)
-
-
-class _Criterion(_Processor):
-    """A caller's stopping criterion, likewise."""
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return self._one(self._whole.of(input_ids), scores, **kwargs)
-
-
-class _Prefix:
-    """A caller's `prefix_allowed_tokens_fn`, likewise; `rows` rows belong to a prompt."""
-
-    def __init__(self, one: Callable[..., Any], whole: _Whole, rows: int) -> None:
-        self._one = one
-        self._whole = whole
-        self._rows = rows
-
-    def __call__(self, batch_id: int, ids: Tensor) -> Any:
-        prompt = self._whole.prompt[batch_id // self._rows].to(ids.device)
-        return self._one(batch_id, torch.cat([prompt, ids[self._whole.kept :]]))
-
-
-class _Streamer:
-    """A caller's streamer, whose first tokens are the prompt as it was."""
-
-    def __init__(self, streamer: Any, whole: _Whole) -> None:
-        self._streamer = streamer
-        self._whole: _Whole | None = whole
-
-    def put(self, value: Tensor) -> None:
-        whole, self._whole = self._whole, None
-        self._streamer.put(value if whole is None else whole.of(value))
-
-    def end(self) -> None:
-        self._streamer.end()
 
 
 class _Generate:
@@ -438,12 +375,6 @@ class _Generate:
 
 def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in transformers.__version__.split(".")[:2])
-
-
-def _criterion(one: Any, whole: _Whole) -> Any:
-    if type(one) is MaxLengthCriteria:  # a caller's own takes the place of that of `generate`
-        return MaxLengthCriteria(one.max_length - whole.dropped, one.max_position_embeddings)
-    return _Criterion(one, whole)
 
 
 def _flat(features: Tensor | Sequence[Tensor]) -> Tensor:
