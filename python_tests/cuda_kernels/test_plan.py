@@ -68,7 +68,9 @@ def planned() -> list[tuple[Sizes, Device, SimpleNamespace]]:
 
 def test_every_refusal_has_a_reason():
     refused = {p.reason for sizes, device in CASES if (p := plan(sizes, device)).path == "none"}
-    assert refused == {"its logits, or the keys of its tokens, don't fit the shared memory of the device"}
+    assert refused == {
+        "its logits, or the keys of its tokens, don't fit the shared memory of the device"
+    }
     assert len(planned()) > len(CASES) // 2
     assert all(p.reason is None for _, _, p in planned())
 
