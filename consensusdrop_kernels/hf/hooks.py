@@ -299,11 +299,14 @@ class Hooks:
 
     def _given(self, at: int, given: dict[str, Any]) -> Encoded | None:
         """What was noted of a source's features, if `generate` computed them ahead."""
-        outputs = (given.get("mm_encoder_outputs") or {}).get(self._adapter.sources[at].modality)
+        outputs: Any = given.get("mm_encoder_outputs")
+        bare = isinstance(outputs, Tensor)
+        if not bare:
+            outputs = (outputs or {}).get(self._adapter.sources[at].modality)
         if outputs is None:
             return None
         encoded: Encoded | None = getattr(outputs, _ENCODED, None)
-        encoded = self._recall(at, outputs) if encoded is None else encoded
+        encoded = self._recall(at, outputs) if encoded is None and not bare else encoded
         if encoded is None:
             raise NotImplementedError(
                 "the image features were computed outside the patched model (or cut into chunks by "
@@ -444,7 +447,10 @@ class Hooks:
     # The steps of a prefill.
 
     def _images(self, given: dict[str, Any]) -> bool:
-        outputs = given.get("mm_encoder_outputs") or {}
+        outputs = given.get("mm_encoder_outputs")
+        if isinstance(outputs, Tensor):  # an older form that Idefics3 and SmolVLM still take
+            return True
+        outputs = outputs or {}
         return any(
             outputs.get(source.modality) is not None
             or any(given.get(name) is not None for name in source.pixels)
