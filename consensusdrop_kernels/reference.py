@@ -391,7 +391,7 @@ def _nearest(metric: Tensor, slots: Tensor, joins: Tensor, threshold: float) -> 
     return order.gather(1, at).masked_fill(~found, -1)
 
 
-def _weighted_mean(
+def weighted_mean(
     x: Tensor, assign: Tensor, own: Tensor, weight: Tensor, blend: float
 ) -> tuple[Tensor, Tensor]:
     """`tokens [B, S, D]` and `size [B, S]` of an assignment; `own [B, S]` is each slot's token."""
@@ -464,7 +464,7 @@ def _merge(
     joins = joins & (assign < 0)
     near = _nearest(metric, slots, joins, threshold)
     assign = torch.where(near >= 0, near + first, assign)
-    out, size = _weighted_mean(x, assign, own, weight, blend)
+    out, size = weighted_mean(x, assign, own, weight, blend)
     return out, assign, size, own
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Selection
+from ..reference import weighted_mean
 from .adapter import Encoded
 
 
@@ -389,20 +390,5 @@ def _write(out: Tensor, selection: Selection, where: Tensor) -> Tensor:
 
 def merge_alike(selection: Selection, values: Tensor, blend: float) -> Tensor:
     """Other features `[R, N, D]` of the same tokens, merged as `selection` merged: `[R, S, D]`."""
-    rows, tokens, width = values.shape
-    slots, device = selection.index.shape[1], values.device
-    # What joins no slot goes to one more, and unused slots stand at one more token.
-    slot = torch.where(selection.assign < 0, slots, selection.assign)
-    slot = torch.nn.functional.pad(slot, (0, 1), value=slots)
-    unused = selection.index < 0
-    at = selection.index.masked_fill(unused, tokens)
-    slot = slot.scatter(1, at, torch.arange(slots, device=device).expand(rows, -1))[:, :tokens]
-    weight = torch.full((rows, tokens + 1), blend, device=device)
-    weight = weight.scatter(1, at, 1.0)[:, :tokens]
-    flat = (slot + (slots + 1) * torch.arange(rows, device=device)[:, None]).flatten()
-    total = weight.new_zeros(rows * (slots + 1)).index_add(0, flat, weight.flatten())
-    share = weight.flatten() / total[flat].clamp_min(torch.finfo(torch.float32).tiny)
-    parts = values.flatten(0, 1).float() * share[:, None]
-    merged = parts.new_zeros(rows * (slots + 1), width).index_add(0, flat, parts)
-    merged = merged.view(rows, slots + 1, width)[:, :slots]
-    return merged.masked_fill(unused[:, :, None], 0.0).to(values.dtype)
+    ones = torch.ones(values.shape[:2], device=values.device)
+    return weighted_mean(values, selection.assign, selection.index, ones, blend)[0]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,3 +272,20 @@ def test_query_rules_that_return_something_else(answer: Any) -> None:
         pytest.raises(ValueError, match="query must return a bool tensor"),
     ):
         model(**batch(WORDS), pixel_values=pixels(1))
+
+
+def test_weights_that_two_processes_share() -> None:
+    """FSDP and tensor parallelism, over gloo."""
+    kinds = ["fsdp", "tensor"]
+    run = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "python_tests.hf.sharded", *kinds,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        run, cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for kind in kinds:
+        assert done.stdout.count(f"{kind} refused: the model's weights are sharded") == 2
