@@ -401,7 +401,8 @@ class Hooks:
             state = None if cache is None else state_of(cache)
             if state is None or stage >= len(state.stages):
                 return None
-            later = later_inputs(state, stage, kwargs, implementation_of(module))
+            count = layer_hidden(args, kwargs).shape[1]
+            later = later_inputs(state, stage, kwargs, count, implementation_of(module))
             return None if later is None else (args, later)
         progress = prefill.progress
         if progress is None:

@@ -295,33 +295,39 @@ def _hide(mask: Tensor, live: Tensor) -> Tensor:
     return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
-def later_inputs(state: State, stage: int, kwargs: dict[str, Any], implementation: str) -> Any:
-    """The keyword arguments of a layer behind a stage in a call that continues a pruned cache."""
+def later_inputs(
+    state: State, stage: int, kwargs: dict[str, Any], count: int, implementation: str
+) -> Any:
+    """The keyword arguments of a layer behind a stage in a call of `count` tokens that continues a
+    pruned cache."""
     here = state.stages[stage]
     given = kwargs.get("attention_mask")
     if given is None and here.mask is None:
         return None
     if given is not None and not isinstance(given, Tensor):
         raise NotImplementedError(f"stages can't continue with a {type(given).__name__}")
+    # The layers before the stage hold the new tokens already. Less than was kept is left where
+    # drafts of assisted decoding were part of the prefill and then cut off, here as well as there.
+    new = int(kwargs["past_key_values"].get_seq_length()) - state.kept
+    cut = max(count - new, 0)
+    kept = state.kept - cut
+    if here.mask is not None:
+        seen = here.mask[:, : here.kept - cut]
+    else:
+        seen = torch.ones(len(given), here.kept - cut, dtype=torch.bool, device=given.device)
     if given is None:
-        new = int(kwargs["past_key_values"].get_seq_length()) - state.kept
-        assert here.mask is not None
-        fresh = here.mask.new_ones(len(here.mask), new)
-        mask = torch.cat([here.mask, fresh], 1)
+        mask = torch.cat([seen, seen.new_ones(len(seen), new + cut)], 1)
         return kwargs | {
             "attention_mask": mask if "flash" in implementation else mask[:, None, None]
         }
-    seen = here.mask
-    if seen is None:
-        seen = torch.ones(len(given), here.kept, dtype=torch.bool, device=given.device)
     if given.dim() == 2:
-        return kwargs | {"attention_mask": torch.cat([seen.to(given), given[:, state.kept :]], 1)}
+        return kwargs | {"attention_mask": torch.cat([seen.to(given), given[:, kept:]], 1)}
     past = seen[:, None, None].expand(-1, *given.shape[1:3], -1)
     if given.dtype != torch.bool:
-        bias = torch.zeros_like(seen, dtype=given.dtype) if here.bias is None else here.bias
+        bias = seen.new_zeros(seen.shape) if here.bias is None else here.bias[:, : seen.shape[1]]
         bias = bias.to(given.dtype)[:, None, None].expand_as(past)
         past = bias.masked_fill(~past, torch.finfo(given.dtype).min)
-    return kwargs | {"attention_mask": torch.cat([past, given[..., state.kept :]], -1)}
+    return kwargs | {"attention_mask": torch.cat([past, given[..., kept:]], -1)}
 
 
 def layer_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

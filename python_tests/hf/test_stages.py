@@ -211,6 +211,25 @@ def test_without_a_cache_and_with_beams(attention: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("cut", [1, 3])
+def test_drafts_of_the_prefill_that_are_cut_off(attention: str, cut: int) -> None:
+    """As assisted decoding does: several tokens on a cache that holds less than its prefill."""
+    model = random_llava()
+    model.set_attn_implementation(attention)
+    pictures, words = {"pixel_values": pixels(1)}, [5, 6, 7, 8]
+    right, wrong = words[: 3 - cut], [11, 12, 13][:cut]
+    with patch(model, Staged(keep=0.8)):
+        plain = model(**batch(prompt(5, 7)), **pictures, logits_to_keep=1)
+        want = model(torch.tensor([words]), past_key_values=plain.past_key_values).logits
+        drafted = model(**batch(prompt(5, 7) + right + wrong), **pictures, logits_to_keep=4)
+        drafted.past_key_values.crop(-cut)
+        rest = torch.tensor([words[len(right) :]])
+        got = model(rest, past_key_values=drafted.past_key_values).logits
+    torch.testing.assert_close(got, want[:, len(right) :], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_the_probe_of_a_stage_is_the_attention_that_its_layer_computes() -> None:
     """Without a stage's own pruning: rows of the question over all keys they see."""
     model = random_llava()
