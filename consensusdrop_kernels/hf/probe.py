@@ -173,10 +173,11 @@ def row_lse(q: Tensor, k: Tensor, index: Tensor, valid: Tensor, scale: float) ->
     column = torch.arange(k.shape[2], device=k.device)
     seen = valid[:, None, :] & (column <= index[:, :, None])  # [B, M, L]
     grouped = q.float().view(batch, groups, -1, rows, width)
-    parts = [
-        (scale * grouped[:, g] @ k[:, g, None].float().transpose(2, 3))
-        .masked_fill(~seen[:, None], -torch.inf)
-        .logsumexp(-1)
-        for g in range(groups)
-    ]
+    with torch.autocast(q.device.type, enabled=False):  # it would make float32 matmuls half again
+        parts = [
+            (scale * grouped[:, g] @ k[:, g, None].float().transpose(2, 3))
+            .masked_fill(~seen[:, None], -torch.inf)
+            .logsumexp(-1)
+            for g in range(groups)
+        ]
     return torch.stack(parts, 1).view(batch, heads, rows)

@@ -246,9 +246,10 @@ def advance(
 
 def _joined(selection: Selection, size: Tensor) -> Tensor:
     """How many patches each slot stands for, from how many each token did."""
-    slots = torch.arange(selection.index.shape[1], device=size.device)
-    joined = selection.assign[:, None, :] == slots[None, :, None]
-    return (joined.float() @ size[..., None])[..., 0]
+    slots = selection.index.shape[1]
+    # One more slot takes what was dropped for good. Counts are whole, so any order sums alike.
+    where = selection.assign.masked_fill(selection.assign < 0, slots)
+    return size.new_zeros(len(size), slots + 1).scatter_add(1, where, size)[:, :slots]
 
 
 def prefill_inputs(progress: Progress, kwargs: dict[str, Any], text: Any, tokens: Tensor) -> Any:

@@ -13,6 +13,7 @@ from torch.nn.attention import flex_attention
 
 from consensusdrop_kernels.hf import patch
 from consensusdrop_kernels.hf.sizes import weighted_mask
+from consensusdrop_kernels.hf.stages import _joined
 from consensusdrop_kernels.methods import ConsensusDrop
 from consensusdrop_kernels.methods.base import Selection, Signals
 
@@ -103,6 +104,23 @@ def test_stages_weigh_what_they_merged(attention: str) -> None:
         text = torch.tensor([7, 13]) + new
         # 12 of 16 patches enter the decoder, unmerged; the stages merge, they lose none.
         torch.testing.assert_close(patches.sum(1), (text + 13).float(), atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", ["visual", "all"])
+def test_autocast_leaves_sizes_and_normalisers_exact(context: str) -> None:
+    """They are float32 whatever autocast makes of matmuls: bfloat16 can't count past 256."""
+    model = random_llava()
+    with torch.autocast("cpu", torch.bfloat16):
+        with patch(model, MergingStages(keep=0.8, context=context)):
+            assert model(**INPUTS).logits.isfinite().all()
+        with patch(model, ConsensusDrop(keep=4, probe_context=context)) as handle:
+            assert model(**INPUTS).logits.isfinite().all()
+            assert handle.last.scores.fused.isfinite().all()
+    assign = (torch.arange(600) >= 300).long()[None]
+    chosen = Selection(torch.zeros(1, 2, 1), torch.tensor([[0, 300]]), assign, torch.ones(1, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _joined(chosen, torch.full((1, 600), 3.0)).tolist() == [[900.0, 900.0]]
 
 
 def test_flash_attention_gives_way_to_sdpa_and_comes_back() -> None:
