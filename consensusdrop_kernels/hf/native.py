@@ -98,6 +98,7 @@ class Native(Hooks):
         local.inside = True
         try:
             whole = self._shorten(given)
+            local.prefill = None  # while it decodes, nobody needs what the encoder saw
             output = call(**given)
         finally:
             local.inside = False
@@ -164,7 +165,8 @@ class Native(Hooks):
     def _check_caches(self, given: dict[str, Any]) -> None:
         """Refuse a cache that holds a pruned prompt; one that was reset is as good as new."""
         own = getattr(self._model, "_cache", None)  # `generate` resets it on its own
-        vars(own).pop(_PRUNED, None) if own is not None else None
+        if own is not None:
+            vars(own).pop(_PRUNED, None)
         cache = given.get("past_key_values")
         if cache is None:
             return
@@ -178,6 +180,8 @@ class Native(Hooks):
             raise NotImplementedError(
                 "images with inputs_embeds: pass input_ids, image placeholders are found by id"
             )
+        if given.get("inputs") is not None and given.get("input_ids") is not None:
+            raise ValueError("pass the prompt as inputs or as input_ids, got both")
         for name in ("custom_generate", "token_healing"):
             if self._option(given, name):
                 raise NotImplementedError(

@@ -663,6 +663,8 @@ def test_prompts_that_are_refused() -> None:
         run(
             family, "native", {"pixel_values": sample["pixel_values"]}, inputs_embeds=embeds,
         )  # fmt: skip
+    with pytest.raises(ValueError, match="as inputs or as input_ids, got both"):
+        run(family, "native", sample | {"inputs": sample["input_ids"]})
     # What follows a picture at the end counts on from its last token, which may be gone.
     count = int((sample["input_ids"] == 98).nonzero()[-1, 1]) + 1
     cut = {n: v[:, :count] if v.dim() == 2 else v for n, v in sample.items()}
