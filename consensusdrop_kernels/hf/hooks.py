@@ -44,6 +44,7 @@ from .sizes import Unflashed, key_bias, weighted_mask
 from .stages import (
     Progress,
     advance,
+    check_not_recomputed,
     check_stages,
     implementation_of,
     later_inputs,
@@ -339,6 +340,8 @@ class Hooks:
             raise RuntimeError("the decoder stack must be called with keyword arguments")
         if all(encoded is None for encoded in prefill.encoded):
             raise RuntimeError("images came, but the model's feature function was not called")
+        if self._stages:
+            check_not_recomputed(self._text)
         embeds = kwargs["inputs_embeds"]
         valid = padding(prefill.mask, prefill.cache, embeds)
         layout = self._locate(prefill, valid, embeds.device)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..methods.base import Method, QueryRule, Selection, Signals, TextProbe
 from .cache import State, add_stage
@@ -46,6 +47,17 @@ def check_stages(stages: tuple[int, ...], text: Any, least: int) -> None:
     if kinds != {"full_attention"}:
         raise NotImplementedError(
             f"stages need layers that see the whole sequence, this decoder has {sorted(kinds)}"
+        )
+
+
+def check_not_recomputed(text: Any) -> None:
+    """Raises NotImplementedError where a backward pass would run the layers' hooks again, long
+    after the prefill: gradient checkpointing, up to transformers 5.22."""
+    hooks_inside = "__call__" in vars(GradientCheckpointingLayer)
+    layer = text.layers[-1]
+    if hooks_inside and layer.training and getattr(layer, "gradient_checkpointing", False):
+        raise NotImplementedError(
+            "stages inside the decoder with gradient checkpointing need transformers >= 5.23"
         )
 
 
@@ -315,6 +327,7 @@ def later_inputs(
     if here.mask is not None:
         seen = here.mask[:, : here.kept - cut]
     else:
+        assert given is not None
         seen = torch.ones(len(given), here.kept - cut, dtype=torch.bool, device=given.device)
     if given is None:
         mask = torch.cat([seen, seen.new_ones(len(seen), new + cut)], 1)

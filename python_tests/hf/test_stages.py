@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from consensusdrop_kernels.hf import patch
 from consensusdrop_kernels.methods import ConsensusDrop
@@ -325,6 +326,25 @@ def test_a_stage_after_pruning_before_the_decoder_loses_nothing_of_the_loss() ->
     assert out.logits.shape[1] == labels.shape[1]
     want = torch.nn.functional.cross_entropy(out.logits[0, -3:-1], labels[0, -2:])
     torch.testing.assert_close(out.loss, want)
+
+
+def test_gradient_checkpointing_changes_no_gradient_or_is_refused() -> None:
+    inputs = WORDS | {"pixel_values": pixels(2)}
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    grads = []
+    for checkpoints in (False, True):
+        model = random_llava().train()
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with patch(model, Staged(keep=0.8)):
+            if checkpoints and "__call__" in vars(GradientCheckpointingLayer):
+                with pytest.raises(NotImplementedError, match="gradient checkpointing need"):
+                    model(**inputs, labels=labels)
+                return
+            model(**inputs, labels=labels).loss.backward()
+        grads.append(model.model.multi_modal_projector.linear_1.weight.grad)
+    torch.testing.assert_close(*grads)
 
 
 def test_methods_without_stages_have_no_hooks_on_layers() -> None:
