@@ -241,8 +241,8 @@ def test_budget(keep, tokens):
         (["--model", "empty"], "can't load model empty: "),
         (["--model", "weightless"], "can't load model weightless: "),
         (
-            ["--model", "full"],
-            "model full can't be patched: vision_feature_select_strategy must be",
+            ["--model", "deep"],
+            "model deep can't be patched: vision_feature_layer must",
         ),
         (["--device", "abacus"], "--device must be cpu, cuda, or cuda:1 and so on, got abacus"),
         (["--device", "meta"], "--device meta holds no values"),
@@ -260,10 +260,10 @@ def test_refuses_in_one_sentence(capsys, tmp_path, arguments, message):
     for folder in ("folder.png", "empty"):
         (tmp_path / folder).mkdir()
     transformers.BertConfig().save_pretrained(tmp_path / "bert")
-    shutil.copytree(tiny_llava_path(), tmp_path / "full")
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "full")
-    config.vision_feature_select_strategy = "full"
-    config.save_pretrained(tmp_path / "full")
+    shutil.copytree(tiny_llava_path(), tmp_path / "deep")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "deep")
+    config.vision_feature_layer = -99
+    config.save_pretrained(tmp_path / "deep")
     shutil.copytree(tiny_llava_path(), tmp_path / "weightless")
     (tmp_path / "weightless" / "model.safetensors").unlink()
     assert re.search(message, refusal(capsys, *arguments))
