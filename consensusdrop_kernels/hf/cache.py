@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .._checks import has_values
+from .inputs import is_static, token_count
 from .layout import Shortened
 
 _ATTRIBUTE = "_cdrop"
@@ -78,9 +79,12 @@ def attach(cache: Any, length: int, short: Shortened) -> None:
 
 
 def state_of(cache: Any) -> State | None:
-    """The state of a cache that holds pruned tokens; a cache that was reset has none."""
+    """The state of a cache that holds pruned tokens; a cache that was reset has none.
+
+    A static cache counts its tokens on the device, so it is not asked: its `reset` drops the state.
+    """
     state = getattr(cache, _ATTRIBUTE, None)
-    if state is not None and int(cache.get_seq_length()) == 0:
+    if state is not None and not is_static(cache) and int(cache.get_seq_length()) == 0:
         delattr(cache, _ATTRIBUTE)
         return None
     return state
@@ -153,8 +157,7 @@ def continue_call(kwargs: dict[str, Any], state: State, cache: Any) -> None:
             passed with the old prompt, or positions count the entries of the cache. Of one token
             on a GPU this is seen only under `CDROP_CHECK=1`.
     """
-    ids = kwargs.get("input_ids")
-    count = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+    count = token_count(kwargs)
     mask = kwargs.get("attention_mask")
     positions = kwargs.get("position_ids")
     checked = positions is not None and (count > 1 or _may_look(positions))
@@ -171,17 +174,16 @@ def continue_call(kwargs: dict[str, Any], state: State, cache: Any) -> None:
         setattr(cache, _ATTRIBUTE, state)
     kwargs["attention_mask"] = _continued_mask(state, fresh, since + count)
 
-    steps = since + torch.arange(1, count + 1, device=state.last.device)
-    if positions is None:
-        slots = state.last + steps
-        kwargs["position_ids"] = (
-            slots if state.top is None else (state.top + steps).expand(3, -1, -1)
-        )
-        return
-    if state.removed is not None:
+    if state.removed is not None and positions is not None:
         positions = positions - state.removed
-    if checked:
-        _check_continues(_follow(positions, state, steps, fresh))
+    if positions is None or checked:
+        steps = since + torch.arange(1, count + 1, device=state.last.device)
+        if positions is not None:
+            _check_continues(_follow(positions, state, steps, fresh))
+        elif state.top is None:
+            positions = state.last + steps
+        else:
+            positions = (state.top + steps).expand(3, -1, -1)
     kwargs["position_ids"] = positions
 
 

@@ -35,6 +35,7 @@ from .inputs import (
     is_static,
     padding,
     supervised,
+    token_count,
 )
 from .layout import Group, Layout, Shortened, locate, shorten
 from .prefill import shortened_inputs, wants_cache
@@ -279,8 +280,8 @@ class Hooks:
             return (), given
         if images:
             self._start(given, cache)
-        elif cache is None or cache.get_seq_length() == 0:
-            self._check_no_image(given)
+        elif token_count(given) > 1 and (cache is None or cache.get_seq_length() == 0):
+            self._check_no_image(given)  # one token goes on from others: no look at the cache
         return None
 
     def _start(self, given: dict[str, Any], cache: Any) -> None:

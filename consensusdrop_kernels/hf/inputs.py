@@ -74,6 +74,13 @@ def is_dispatched(model: Any) -> bool:
     return hasattr(model, "_hf_hook") or hasattr(model, "hf_device_map")
 
 
+def token_count(given: dict[str, Any]) -> int:
+    """How many tokens of each prompt a call brings; 0 where it brings none at all."""
+    ids = given.get("input_ids")
+    tokens: Tensor | None = given.get("inputs_embeds") if ids is None else ids
+    return 0 if tokens is None else tokens.shape[1]
+
+
 def first_tokens(output: Any) -> Tensor:
     """The first feature of every image, `[R, D]`: enough to know the images again."""
     return torch.stack([features[0] for features in output.pooler_output]).detach()

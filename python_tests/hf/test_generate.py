@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 import consensusdrop_kernels.hf.hooks as hooks
 from consensusdrop_kernels.hf import patch
+from consensusdrop_kernels.hf.cache import state_of
 from consensusdrop_kernels.methods import ConsensusDrop, Random
 
 from . import reference
@@ -436,6 +437,26 @@ def test_a_reset_cache_has_forgotten_the_pruning() -> None:
             out = generate(model, batch(SHORT), images, past_key_values=cache, disable_compile=True)
             assert torch.equal(out.sequences, want.sequences)
             cache.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pruned", [True, False])
+def test_a_decode_step_does_not_ask_a_static_cache_for_its_length(
+    pruned: bool, monkeypatch
+) -> None:
+    """It counts on the device, so that each answer is a synchronisation, and breaks a graph."""
+    model, words = random_llava(), SHORT if pruned else TEXT
+    cache: Any = StaticCache(config=model.config.text_config, max_cache_len=64)
+    given = {"pixel_values": pixels(1)} if pruned else {}
+    with patch(model, ConsensusDrop(keep=KEEP)) as handle:
+        model(**batch(words), **given, past_key_values=cache)
+        monkeypatch.setattr("consensusdrop_kernels.hf.cache._may_look", lambda t: False)
+        monkeypatch.setattr(type(cache), "get_seq_length", lambda *args: pytest.fail("asked"))
+        step = {"input_ids": torch.tensor([[5]]), "past_key_values": cache}
+        assert (state_of(cache) is not None) == pruned
+        handle._hooks._before_outer(
+            model.model, (), step | {"position_ids": torch.tensor([[len(words)]])}
+        )
 
 
 @pytest.mark.parametrize("beams", [1, 2])
