@@ -214,10 +214,7 @@ class ConsensusDrop(Method):
         if self.contextual > 0:
             references = contextual_slots(assign >= keep, self.contextual)
             index = torch.cat([index, references], 1)
-        # Fewer than `contextual` may have been dropped only where a budget takes nearly all.
-        few = keep + 2 * self.contextual > signals.x.shape[1]
-        padded = signals.valid is not None or (self.contextual > 0 and few)
-        return Selection(tokens, index, assign, size, padded=padded)
+        return Selection(tokens, index, assign, size, padded=signals.valid is not None)
 
     @property
     def _reduce(self) -> str:
