@@ -353,7 +353,7 @@ class Hooks:
         if all(whole) and not self._stages:
             cached = wants_cache(kwargs, self._text)
             self._report(chosen, signals, layout, None, embeds, cached)
-            return None
+            return self._weighed_again(args, kwargs) if self.method.size_attention else None
         breaks = layout.breaks
         if not self._keep_breaks:  # then those go whose image is cut, here or further on
             breaks = layout.unbroken([every and not self._stages for every in whole])
@@ -387,13 +387,18 @@ class Hooks:
             weigh(cache, bias)
 
     def _weighed_again(self, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The same in a call that continues a cache."""
+        """The same in a call that continues a cache, or has nothing to prune: layers that no longer
+        run flash attention need a mask that says more than what is padding."""
         cache: Any = kwargs.get("past_key_values")
         state = None if cache is None else state_of(cache)
-        if state is None or state.bias is None:
+        embeds, given = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        bias = None if state is None else state.bias
+        if bias is None and self._unflashed.installed and embeds is not None:
+            bias = embeds.new_zeros(len(embeds), 0)
+        if bias is None:
             return None
-        embeds, given = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        mask = weighted_mask(given, state.bias, embeds, self._text, cache)
+        assert embeds is not None
+        mask = weighted_mask(given, bias, embeds, self._text, cache)
         return args, kwargs | {"attention_mask": mask}
 
     def _before_layer(self, at: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -97,6 +97,11 @@ class Unflashed:
         self._layers: list[nn.Module] = list(text.layers)
         self._own: list[tuple[Any, Any]] = []
 
+    @property
+    def installed(self) -> bool:
+        """Whether there is any such layer now."""
+        return bool(self._own)
+
     def install(self) -> None:
         """Give every layer that runs flash attention a config of its own that says sdpa."""
         for layer in self._layers:

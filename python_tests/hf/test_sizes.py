@@ -137,6 +137,31 @@ def test_flash_attention_gives_way_to_sdpa_and_comes_back() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("words", [(9,), (4, 9)])
+def test_text_alone_is_right_where_sdpa_stands_in_for_flash_attention(
+    words: tuple[int, ...],
+) -> None:
+    """The decoder makes its masks for flash attention: none, or what is padding."""
+    text = batch(*(prompt(n, seed=n) for n in words))
+    more = torch.tensor([[5, 6, 7]] * len(words))
+    longer = torch.cat([text["attention_mask"], torch.ones_like(more)], 1)
+
+    def logits(model: Any) -> Tensor:
+        out = model(**text)
+        then = model(more, attention_mask=longer, past_key_values=out.past_key_values)
+        return torch.cat([out.logits, then.logits], 1)[longer.bool()]
+
+    want = logits(random_llava())
+    model = random_llava()
+    decoder = model.model.language_model
+    for module in (decoder, *(layer.self_attn for layer in decoder.layers)):
+        module.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.warns(UserWarning, match="run sdpa instead"):
+        patch(model, METHOD)
+    torch.testing.assert_close(logits(model), want, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_flex_attention_adds_the_same(monkeypatch) -> None:
     """As torch computes it uncompiled: compiled for a CPU, torch 2.13 reads past the end of any
     mask of a few rows that stock Transformers hands it."""
