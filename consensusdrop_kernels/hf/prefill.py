@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from ..methods.base import Selection
 from .cache import attach
 from .inputs import is_static
-from .layout import Layout, Shortened, merge_alike
+from .layout import Layout, Shortened, merge_alike, slot_counts
 from .sizes import FULL, SLIDING
 
 DEEPSTACK = "deepstack_visual_embeds"
@@ -121,14 +121,15 @@ def merged_deepstack(
     batch, width = short.embeds.shape[:2]
     device = short.embeds.device
     number = layout.visual.flatten().cumsum(0).sub(1).to(device)  # of each visual token
-    visual = torch.zeros(batch * width + 1, dtype=torch.bool, device=device)
-    visual[torch.cat(short.slots)] = True
-    visual = visual[:-1]
+    used = sum(sum(slot_counts(selection)) for selection in chosen)
+    there = torch.cat(short.slots).sort().values[:used]  # unused slots are past the end
+    visual = torch.zeros(batch * width, dtype=torch.bool, device=device)
+    visual = visual.index_fill(0, there, True)
     merged = []
     for features in kwargs[DEEPSTACK]:
         out = features.new_zeros(batch * width + 1, features.shape[-1])
         for group, selection, where in zip(layout.groups, chosen, short.slots, strict=True):
             mine = merge_alike(selection, features[number[group.flat]], blend)
             out = out.index_copy(0, where, mine.flatten(0, 1))
-        merged.append(out[:-1][visual])
+        merged.append(out[there])
     return {DEEPSTACK: merged, "visual_pos_masks": visual.view(batch, width)}
