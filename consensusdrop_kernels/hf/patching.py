@@ -101,7 +101,7 @@ def patch(
     is set.
 
     Args:
-        model: a loaded model, `LlavaForConditionalGeneration` with a CLIP tower.
+        model: a loaded model, whole (`...ForConditionalGeneration`), of a family with an adapter.
         method: what to keep, `ConsensusDrop(keep=64)` for one.
         adapter: how to find the parts of another model family; by default by `model_type`.
         processor: the model's processor or tokenizer; its control tokens then are no part of the

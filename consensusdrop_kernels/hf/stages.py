@@ -77,6 +77,8 @@ class Progress:
         padded: for each group, whether slots may be unused.
         weighs: whether attention goes by the sizes.
         done: stages behind.
+        order: `[B, K]`, the place that each token had when it entered the decoder; None before the
+            first stage.
         inputs: mask and positions of the layers from the last stage on, by what they replace.
     """
 
