@@ -150,7 +150,7 @@ def locate(
 ) -> Layout:  # fmt: skip
     """Find the images; the features of a source go to its placeholders in order.
 
-    One device synchronisation, the only one of a prefill: lengths must be known on the host.
+    The device synchronisation that every prefill needs: lengths must be known on the host.
 
     Args:
         visual: `[B, L]` bool of every source.

@@ -34,7 +34,7 @@ def check_stages(stages: tuple[int, ...], text: Any, least: int) -> None:
 
     Raises:
         ValueError: a layer out of range, or out of order.
-        NotImplementedError: layers that see a window of the sequence.
+        NotImplementedError: layers that see a window of the sequence, or are on several devices.
     """
     last = len(text.layers) - 1
     if list(stages) != sorted(set(stages)) or not all(least <= s <= last for s in stages):
@@ -42,6 +42,11 @@ def check_stages(stages: tuple[int, ...], text: Any, least: int) -> None:
             f"stages must be ascending layers in {least}..{last} (before the first layer a method "
             f"prunes without a stage, and features must have been added to the early ones), got "
             f"{list(stages)}"
+        )
+    devices = {str(parameter.device) for parameter in text.parameters()}
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"stages need the whole decoder on one device, this one is on {sorted(devices)}"
         )
     kinds = set(getattr(text.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:

@@ -304,6 +304,13 @@ def test_stages_that_can_not_be(at: tuple[int, ...], says: str) -> None:
         patch(random_llava(), Staged(at=at))
 
 
+def test_stages_of_a_decoder_on_several_devices() -> None:
+    model = random_llava()
+    model.model.language_model.layers[2].to("meta")
+    with pytest.raises(NotImplementedError, match=r"one device, this one is on \['cpu', 'meta'\]"):
+        patch(model, Staged())
+
+
 def test_a_static_cache_can_not_have_stages() -> None:
     with (
         patch(random_llava(), Staged()) as handle,
