@@ -3,8 +3,9 @@
 A prefill passes, in this order, `_before_model` (which tokens does the caller want predicted?),
 `_Features` (the encoder's signals; in `generate` of transformers >= 5.18 already before),
 `_before_outer` (prompt, mask), `_before_text` (the embeddings: select and shorten), `_after_text`
-(back to the prompt's length, for losses). A decode step passes `_before_outer` alone. `generate`
-prepares each of its steps by `_Steps`, which tells the prompt from what was generated.
+(back to the prompt's length, for losses); with stages also `_before_layer`. A decode step passes
+`_before_outer` alone; with size-aware attention `_before_text` too, with stages `_before_layer`.
+`generate` prepares each of its steps by `_Steps`, which tells the prompt from what was generated.
 """
 
 from __future__ import annotations
