@@ -23,7 +23,7 @@ class Encoded:
     Attributes:
         tokens: features of each image, `[R]`, as many as it has placeholders.
         grids: height and width of the patch grid of each image.
-        q_vis: `[R, Hv, Mv, dv]`, k_vis: `[R, Hv, P+N, dv]`, prefix: `P`, scale: as in
+        q_vis: `[R, Hv, Mv, dv]`, k_vis: `[R, Hv, P+N, dv]`, prefix: `P`, scale, lse_vis: as in
             `consensusdrop_kernels.methods.Signals`; only where all images have `N` tokens.
         visual: saliency of each patch feature, `[N_i]` float32 per image.
         metric: what to merge by, `[N_i, F]` per image.
@@ -39,6 +39,7 @@ class Encoded:
     k_vis: Tensor | None = None
     prefix: int = 0
     scale: float | None = None
+    lse_vis: Tensor | None = None
     visual: tuple[Tensor, ...] | None = None
     metric: tuple[Tensor, ...] | None = None
     patches: tuple[Tensor, ...] | None = None

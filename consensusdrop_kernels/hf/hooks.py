@@ -55,6 +55,7 @@ from .stages import (
     with_hidden,
 )
 from .tap import Tap
+from .words import question_words
 
 _ENCODED = "_cdrop"
 _STEP = "prepare_inputs_for_generation"
@@ -372,7 +373,7 @@ class Hooks:
             if is_static(prefill.cache):
                 raise NotImplementedError("stages inside the decoder can't use a static cache")
             weighs = self.method.size_attention
-            prefill.progress = Progress.after(layout, chosen, short, weighs)
+            prefill.progress = Progress.after(layout, chosen, short, weighs, signals, whole)
         return (), kwargs
 
     def _weigh(self, kwargs: dict[str, Any], chosen: list[Selection], short: Shortened) -> None:
@@ -535,14 +536,18 @@ class Hooks:
                 return None
             return torch.stack([place.take(parts) for place in group.places])
 
-        q, k = encoded.q_vis, encoded.k_vis
+        q, k, lse = encoded.q_vis, encoded.k_vis, encoded.lse_vis
         if q is not None and k is not None and images != list(range(len(q))):
             index = torch.tensor(images, device=q.device)
-            q, k = q[index], k[index]
+            q, k, lse = q[index], k[index], None if lse is None else lse[index]
         visual, metric = pick(encoded.visual), pick(encoded.metric)
-        probe = None
+        probe = words = None
         if "text" in self.method.needs:
             probe = StaticProbe(self._text, embeds, positions, group, self._special)
+        if "words" in self.method.needs:
+            words = functools.partial(
+                question_words, group=group, special=self._special, embeds=embeds.detach()
+            )
         return Signals(
             x=group.take(embeds),
             grid=group.grid,
@@ -550,9 +555,12 @@ class Hooks:
             k_vis=None if k is None else k.to(device),
             prefix=encoded.prefix,
             scale_vis=encoded.scale,
+            lse_vis=None if lse is None else lse.to(device),
             visual=None if visual is None else visual.to(device),
             metric=None if metric is None else metric.to(device),
+            crops=group.crops,
             probe=probe,
+            words=words,
         )
 
     def _report(

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class Place(NamedTuple):
     `columns` `[N]` int64 on the CPU are its patches' places in the prompt `row`; `first` is the
     number of patches that the crops before it have. `source` and `image` say what was encoded;
     `parts` pictures in a row, where the encoder was given the crops of an image as so many.
-    `breaks`, int64 on the CPU too, are the places of what is no patch in the whole image.
+    `breaks`, int64 on the CPU too, are the places of what is no patch in the whole image. `crops`
+    are heights and widths of its crops in order, None where they are no whole grids.
     """
 
     row: int
@@ -33,6 +34,7 @@ class Place(NamedTuple):
     first: int = 0
     breaks: Tensor | None = None
     parts: int = 1
+    crops: tuple[tuple[int, int], ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -96,10 +98,11 @@ class Layout:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The images by what a method can take at once: of one source, one size, one grid."""
-        found: dict[tuple[int, int, tuple[int, int]], list[int]] = {}
+        """The images by what a method can take at once: of one source, one size, one geometry."""
+        found: dict[Any, list[int]] = {}
         for at, place in enumerate(self.places):
-            found.setdefault((place.source, place.tokens, place.grid), []).append(at)
+            kind = place.source, place.tokens, place.grid, place.crops
+            found.setdefault(kind, []).append(at)
         return tuple(Group(self, tuple(members)) for members in found.values())
 
 
@@ -133,6 +136,11 @@ class Group:
     def grid(self) -> tuple[int, int]:
         """Height and width of the patch grid."""
         return self.places[0].grid
+
+    @property
+    def crops(self) -> tuple[tuple[int, int], ...] | None:
+        """Heights and widths of the crops, or None where they are no whole grids."""
+        return self.places[0].crops
 
     @property
     def flat(self) -> Tensor:
@@ -179,8 +187,12 @@ def locate(
                 others, columns = columns[~patches], columns[patches]
                 breaks[row, others] = True
             if len(columns):
-                place = Place(row, columns, found.grids[image], source, image, breaks=others)
-                places[source] += _crops(place, found) if by_crop else [place]
+                crops = _crops(found, image, len(columns))
+                sides = _whole_grids(crops)
+                place = Place(
+                    row, columns, found.grids[image], source, image, breaks=others, crops=sides
+                )
+                places[source] += _by_crop(place, crops) if by_crop else [place]
         if any(joined[source : source + 1]) and not by_crop:
             places[source] = _joined(places[source])
     here = torch.stack(masks).any(0)
@@ -200,7 +212,10 @@ def _joined(places: list[Place]) -> list[Place]:
         if last is not None and _where(place) == (last.row, int(last.columns[-1]) + 1):
             columns = torch.cat([last.columns, place.columns])
             grid = last.grid[0] + place.grid[0], place.grid[1]
-            out[-1] = last._replace(columns=columns, grid=grid, parts=last.parts + place.parts)
+            crops = last.crops and place.crops and last.crops + place.crops
+            out[-1] = last._replace(
+                columns=columns, grid=grid, parts=last.parts + place.parts, crops=crops
+            )
         else:
             out.append(place)
     return out
@@ -239,17 +254,34 @@ def _images(mask: Tensor, tokens: tuple[int, ...]) -> Iterable[tuple[int, int, T
         raise ValueError(f"{len(tokens)} images were encoded, but the prompts hold {image}")
 
 
-def _crops(place: Place, encoded: Encoded) -> list[Place]:
+def _crops(encoded: Encoded, image: int, patches: int) -> list[tuple[int, tuple[int, int]]]:
+    """The tokens, and height and width, of the crops of an image; one of `patches` without any."""
+    height, width = encoded.grids[image]
     if encoded.crops is None:
-        return [place]
+        return [(patches, (height, width))]
+    counts = encoded.crops[image]
+    if encoded.crop_grids is not None:
+        return list(zip(counts, encoded.crop_grids[image], strict=True))
+    return [
+        (n, (n // width, width) if n % width == 0 and n <= height * width else (1, n))
+        for n in counts
+    ]
+
+
+def _whole_grids(
+    crops: Sequence[tuple[int, tuple[int, int]]],
+) -> tuple[tuple[int, int], ...] | None:
+    if any(count != height * width for count, (height, width) in crops):
+        return None
+    return tuple(grid for _, grid in crops)
+
+
+def _by_crop(place: Place, crops: Sequence[tuple[int, tuple[int, int]]]) -> list[Place]:
     parts, first = [], 0
-    for crop, count in enumerate(encoded.crops[place.image]):
+    for count, side in crops:
         columns = place.columns[first : first + count]
-        height, width = place.grid
-        side = (count // width, width) if count % width == 0 and count <= height * width else None
-        if encoded.crop_grids is not None:
-            side = encoded.crop_grids[place.image][crop]
-        parts.append(place._replace(columns=columns, grid=side or (1, count), first=first))
+        own = (side,) if count == side[0] * side[1] else None
+        parts.append(place._replace(columns=columns, grid=side, first=first, crops=own))
         first += count
     return parts
 

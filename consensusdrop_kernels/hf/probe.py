@@ -58,8 +58,9 @@ class StaticProbe:
         self._done: dict[Any, TextProbe] = {}
 
     def __call__(
-        self, *, layer: int, rotary: bool, context: str, query: str | QueryRule
-    ) -> TextProbe:
+        self, *, layer: int, rotary: bool, context: str, query: str | QueryRule,
+        lookahead: bool = False,
+    ) -> TextProbe:  # fmt: skip
         key = (layer, rotary, context, query)
         if key not in self._done:
             with torch.no_grad():

@@ -8,7 +8,7 @@ after.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..methods.base import Method, QueryRule, Selection, Signals, TextProbe
+from ..methods.base import Method, QueryRule, Selection, Signals, TextProbe, Words
 from .cache import State, add_stage
 from .layout import Compacted, Layout, Shortened, compacted, slot_counts
 from .probe import Projection, row_lse
 from .query import padded_rows, question_mask
 from .sizes import key_bias, weighted_mask
+from .words import question_words
 
 
 def check_stages(stages: tuple[int, ...], text: Any, least: int) -> None:
@@ -82,6 +83,7 @@ class Progress:
         padded: for each group, whether slots may be unused.
         weighs: whether attention goes by the sizes.
         done: stages behind.
+        encoder: for each group, what the encoder said of its tokens; None once any was dropped.
         order: `[B, K]`, the place that each token had when it entered the decoder; None before the
             first stage.
         inputs: mask and positions of the layers from the last stage on, by what they replace.
@@ -95,6 +97,7 @@ class Progress:
     lengths: list[int]
     width: int
     padded: list[bool]
+    encoder: list[Signals | None]
     weighs: bool = False
     done: int = 0
     order: Tensor | None = None
@@ -102,9 +105,11 @@ class Progress:
 
     @classmethod
     def after(
-        cls, layout: Layout, chosen: Sequence[Selection], short: Shortened, weighs: bool
-    ) -> Progress:
-        """Where a prefill stands when it enters the decoder."""
+        cls, layout: Layout, chosen: Sequence[Selection], short: Shortened, weighs: bool,
+        signals: Sequence[Signals], whole: Sequence[bool],
+    ) -> Progress:  # fmt: skip
+        """Where a prefill stands when it enters the decoder; `whole` says of which groups nothing
+        was dropped, and `signals` what was known of them."""
         slots = [
             where.view(selection.index.shape)
             for where, selection in zip(short.slots, chosen, strict=True)
@@ -114,7 +119,7 @@ class Progress:
         padded = [selection.padded for selection in chosen]
         return cls(
             layout, slots, sizes, short.mask, short.restore, list(short.lengths), width, padded,
-            weighs,
+            [one if every else None for one, every in zip(signals, whole, strict=True)], weighs,
         )  # fmt: skip
 
     def bias(self, batch: int) -> Tensor | None:
@@ -135,11 +140,18 @@ class StageProbe:
         self._special = special
         self._text, self._layer, self._angles = text, layer, angles
 
+    def words(self, query: str | QueryRule) -> Words:
+        """The hidden states of the question."""
+        progress = self._progress
+        group = progress.layout.groups[self._number]
+        return question_words(query, group, self._special, self._hidden, progress.moved)
+
     @torch.no_grad()
     def __call__(
-        self, *, layer: int, rotary: bool, context: str, query: str | QueryRule
-    ) -> TextProbe:
-        """As `StaticProbe`, but always of the stage's own layer."""
+        self, *, layer: int, rotary: bool, context: str, query: str | QueryRule,
+        lookahead: bool = False,
+    ) -> TextProbe:  # fmt: skip
+        """As `StaticProbe`, but always of the stage's own layer and its hidden states."""
         progress, hidden = self._progress, self._hidden
         group = progress.layout.groups[self._number]
         columns = progress.slots[self._number] % progress.width
@@ -220,12 +232,15 @@ def advance(
         count = slots.shape[1]
         padded = progress.padded[number]
         budget = min(method.stage_budget(progress.done, group.tokens), count)
-        signals = Signals(
+        probe = StageProbe(text, layer, hidden, angles, progress, number, special)
+        known = progress.encoder[number] or Signals(hidden, (1, count))
+        signals = replace(
+            known,
             x=hidden.flatten(0, 1)[slots.clamp_max(end - 1)],
-            grid=(1, count),
             valid=slots < end if padded else None,
             size=progress.sizes[number],
-            probe=StageProbe(text, layer, hidden, angles, progress, number, special),
+            probe=probe,
+            words=probe.words,
         )
         selection = (
             method.identity(signals)
@@ -245,6 +260,8 @@ def advance(
         places.append(torch.where(selection.index < 0, end, here).flatten())
         progress.sizes[number] = _joined(selection, progress.sizes[number])
         progress.padded[number] = selection.padded
+        if budget < count:
+            progress.encoder[number] = None
         chosen.append(selection)
     left = compacted(hidden, stay, places, lengths, chosen)
     for number, selection in enumerate(chosen):

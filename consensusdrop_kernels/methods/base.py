@@ -50,8 +50,27 @@ class ProbeFn(Protocol):
     """Computes a `TextProbe`; `layer` counts from 0, see `ConsensusDrop` for the options."""
 
     def __call__(
-        self, *, layer: int, rotary: bool, context: str, query: str | QueryRule
-    ) -> TextProbe: ...
+        self, *, layer: int, rotary: bool, context: str, query: str | QueryRule,
+        lookahead: bool = False,
+    ) -> TextProbe: ...  # fmt: skip
+
+
+class Words(NamedTuple):
+    """The question as the model embeds it, rows padded at the left.
+
+    Attributes:
+        embeds: `[R, T, D]`; inside the decoder the hidden states of these tokens.
+        valid: `[R, T]` bool, False on padding rows.
+        asked: for each image, whether its prompt has any question row.
+    """
+
+    embeds: Tensor
+    valid: Tensor
+    asked: tuple[bool, ...]
+
+
+#: Finds the `Words` of a query rule.
+WordsFn = Callable[[str | QueryRule], Words]
 
 
 @dataclass(frozen=True)
@@ -67,12 +86,17 @@ class Signals:
         k_vis: encoder keys of the same layer, `[R, Hv, P+N, dv]`; None likewise.
         prefix: `P`.
         scale_vis: what the encoder layer multiplies `q k` by; None is `dv ** -0.5`.
+        lse_vis: `[R, Hv, Mv]` float32, log-sum-exp of the encoder's rows, where its attention
+            returned it.
         valid: `[R, N]` bool, False on padding; None: all are tokens.
         visual: `[R, N]` float32, the encoder's saliency where patches are not tokens one by one;
             then `q_vis` and `k_vis` are None.
         metric: `[R, N, F]`, what to merge by, likewise.
         size: `[R, N]` float32, how many patches each token stands for; None: one.
+        crops: heights and widths of the crops (or frames) that the tokens are, one after another;
+            None where they are no whole grids.
         probe: computes the question's rows when called; None if the method does not need "text".
+        words: finds the question's embeddings when called; None if it does not need "words".
     """
 
     x: Tensor
@@ -81,20 +105,23 @@ class Signals:
     k_vis: Tensor | None = None
     prefix: int = 0
     scale_vis: float | None = None
+    lse_vis: Tensor | None = None
     valid: Tensor | None = None
     visual: Tensor | None = None
     metric: Tensor | None = None
     size: Tensor | None = None
+    crops: tuple[tuple[int, int], ...] | None = None
     probe: ProbeFn | None = None
+    words: WordsFn | None = None
 
     def rows(self, index: Tensor) -> Signals:
-        """The signals of some of the images, `index` int64 `[R']`, without the probe."""
+        """The signals of some of the images, `index` int64 `[R']`, without the question."""
         picked: dict[str, Any] = {
             f.name: value[index]
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **picked, probe=None)
+        return replace(self, **picked, probe=None, words=None)
 
 
 class Scores(NamedTuple):
@@ -166,7 +193,7 @@ class Method(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Signals to compute: "encoder" (`q_vis`, `k_vis`) and "text" (`probe`)."""
+        """Signals to compute: "encoder" (`q_vis`, `k_vis`), "text" (`probe`) and "words"."""
         return frozenset({"encoder", "text"})
 
     @property
@@ -199,7 +226,8 @@ class Method(ABC):
 
         `x` are hidden states before the layer that is about to run, `size` says what they stand
         for, `probe` gives that layer's queries and keys, whatever `layer` it is asked for;
-        `query="visual"` asks by the visual tokens themselves.
+        `query="visual"` asks by the visual tokens themselves. `words` are hidden states too. What
+        the encoder said is there as long as nothing has been dropped.
         """
         raise NotImplementedError
 
@@ -213,28 +241,6 @@ class Method(ABC):
         every = torch.arange(tokens, device=signals.x.device).expand(rows, tokens)
         size = torch.ones(rows, tokens, device=signals.x.device)
         return Selection(signals.x, every, every, size)
-
-
-def encoder_saliency(signals: Signals) -> Tensor:
-    """How much the encoder attends to each token, `[R, N]` float32.
-
-    Raises:
-        ValueError: the signals hold nothing of the encoder.
-    """
-    if signals.visual is not None:
-        return signals.visual
-    if signals.q_vis is None or signals.k_vis is None:
-        raise ValueError('the method must name "encoder" in its needs')
-    key_valid = signals.valid
-    if key_valid is not None and signals.prefix:
-        key_valid = torch.nn.functional.pad(key_valid, (signals.prefix, 0), value=True)
-    return torch.ops.cdrop.attention_saliency(
-        signals.q_vis,
-        signals.k_vis,
-        scale=signals.scale_vis,
-        key_valid=key_valid,
-        prefix=signals.prefix,
-    )
 
 
 def keep_count(keep: int | float, tokens: int) -> int:

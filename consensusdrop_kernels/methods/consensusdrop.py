@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._checks import FUSIONS
-from ..reference import contextual_slots
 from .base import (
     CONTEXTS,
     POSITIONS,
@@ -27,9 +26,9 @@ from .base import (
     check_flag,
     check_keep,
     check_range,
-    encoder_saliency,
     keep_count,
 )
+from .parts import encoder_saliency, merged
 
 ROWS = ("max", "mean", "last")
 
@@ -181,6 +180,7 @@ class ConsensusDrop(Method):
             fusion=self.fusion,
             prefix=signals.prefix,
             scale_vis=signals.scale_vis,
+            lse_vis=signals.lse_vis,
             scale_txt=None if probe is None else probe.scale,
             lse_txt=None if probe is None else probe.lse,
             txt_weight=None if probe is None else probe.weight,
@@ -202,19 +202,11 @@ class ConsensusDrop(Method):
             fusion=self.fusion,
             valid=signals.valid,
         )
-        tokens, assign, size = torch.ops.cdrop.token_merge(
-            signals.x,
-            signals.metric,
-            index,
-            contextual=self.contextual,
-            valid=signals.valid,
-            threshold=self.threshold,
+        assert signals.metric is not None
+        return merged(
+            signals, index, signals.metric, contextual=self.contextual, threshold=self.threshold,
             blend=self.blend,
-        )
-        if self.contextual > 0:
-            references = contextual_slots(assign >= keep, self.contextual)
-            index = torch.cat([index, references], 1)
-        return Selection(tokens, index, assign, size, padded=signals.valid is not None)
+        )  # fmt: skip
 
     @property
     def _reduce(self) -> str:

@@ -1,0 +1,36 @@
+"""The question's own embeddings, for methods that compare words with pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..methods.base import QueryRule, Words
+from .layout import Group
+from .query import padded_rows, question_mask
+
+
+def question_words(
+    rule: str | QueryRule, group: Group, special: Tensor | None, embeds: Tensor,
+    moved: Tensor | None = None,
+) -> Words:  # fmt: skip
+    """The question of each image of a group.
+
+    Args:
+        rule: which tokens ask.
+        group: the images.
+        special: ids that are no question, or None.
+        embeds: `[B, K, D]`, the rows of the prompts.
+        moved: `[B, L]`, where each token of the prompt stands in them; None: where it was.
+    """
+    prompt = group.layout
+    mask = question_mask(rule, prompt.ids, prompt.visual, prompt.asking, special)
+    rows = list(group.sample_list)
+    here = torch.zeros(len(mask), dtype=torch.bool)
+    here[rows] = True
+    index, live = padded_rows(mask & here[:, None])
+    asked = tuple(live.any(1)[rows].tolist())
+    where = index.to(embeds.device)
+    where = where if moved is None else moved.gather(1, where)
+    words = embeds.gather(1, where[..., None].expand(-1, -1, embeds.shape[2]))
+    return Words(words[group.sample], live[rows].to(embeds.device), asked)
