@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ POSITIONS = (None, "compact", "original")
 SCOPES = ("image", "crop")
 QUERIES = ("after_image", "all_text", "last_token")
 CONTEXTS = ("visual", "all")
+STAGES = ("encoder", "pre-LLM", "in-LLM")
+MERGES = ("yes", "no", "option")
 
 # Which tokens ask: (input_ids [B, L], visual [B, L], valid [B, L]) -> bool [B, L], on the CPU.
 QueryRule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -169,6 +171,27 @@ class Selection:
         return self.score_fn()
 
 
+class Card(NamedTuple):
+    """What a method is, with its default options: its row in the table of `methods()`.
+
+    Attributes:
+        name: what it is called.
+        signals: what it goes by, in a few words.
+        stages: where it prunes, of `STAGES`: "encoder", by what the encoder says alone; "pre-LLM",
+            by anything else there is before the LLM runs; "in-LLM", between decoder layers.
+        text: whether it looks at the question.
+        merges: whether what is not kept is merged, of `MERGES`; "option": by its field `merge`.
+        reference: of the paper, such as "arXiv 2602.00946"; None for a control.
+    """
+
+    name: str
+    signals: str
+    stages: tuple[str, ...]
+    text: bool
+    merges: str
+    reference: str | None
+
+
 class Method(ABC):
     """Base of all methods: override `select`, and `needs` if it needs less than everything.
 
@@ -182,8 +205,11 @@ class Method(ABC):
       their own ("crop");
     - `blend`: how what belongs to the tokens is merged along, see `token_merge`;
     - `size_attention`: whether the LLM attends to a merged token as to those it stands for.
+
+    A method of this package also has a `card`.
     """
 
+    card: ClassVar[Card]
     keep: int | float
     positions: str | None = None
     budget_scope: str = "image"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .base import (
     POSITIONS,
     QUERIES,
     SCOPES,
+    Card,
     Method,
     QueryRule,
     Scores,
@@ -80,6 +81,15 @@ class ConsensusDrop(Method):
     Raises:
         ValueError: an option is not as above.
     """
+
+    card: ClassVar[Card] = Card(
+        name="ConsensusDrop",
+        signals="encoder attention, question attention (static probe)",
+        stages=("pre-LLM",),
+        text=True,
+        merges="yes",
+        reference="arXiv 2602.00946",
+    )
 
     keep: int | float
     alpha: float = 0.5

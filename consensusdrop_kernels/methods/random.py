@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from .base import (
     POSITIONS,
     SCOPES,
+    Card,
     Method,
     Selection,
     Signals,
@@ -33,6 +35,15 @@ class Random(Method):
     Raises:
         ValueError: an option is not as above.
     """
+
+    card: ClassVar[Card] = Card(
+        name="Random",
+        signals="none",
+        stages=("pre-LLM",),
+        text=False,
+        merges="no",
+        reference=None,
+    )
 
     keep: int | float
     seed: int = 0
