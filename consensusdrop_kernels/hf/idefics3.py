@@ -53,11 +53,12 @@ def _encode(
 
 def _channels(tapped: Tapped, shown: Tensor | None) -> Tensor:
     """Saliency and metric side by side, `[tiles, patches, 1 + d]` float32."""
-    q, k, scale = tapped
+    q, k, scale, lse = tapped
     saliency = torch.ops.cdrop.attention_saliency(
         q,
         k,
         scale=scale,
+        lse=lse,
         key_valid=shown,
         query_weight=None if shown is None else shown.float(),
     )

@@ -44,10 +44,10 @@ def _encode(
             f"the tapped attention must see {len(tokens)} images of {each} patches after {prefix} "
             f"class tokens once, got keys {[tuple(t.k.shape) for t in tapped]}"
         )
-    q, k, scale = tapped[0]
-    # Cloned: a view of the class row would hold the queries of all patches alive.
-    q = q[:, :, :prefix].clone() if prefix else q
-    return Encoded(tokens, grids, q, k, prefix, scale, patches=patches)
+    q, k, scale, lse = tapped[0]
+    if prefix:  # cloned: a view of the class row would hold the queries of all patches alive
+        q, lse = q[:, :, :prefix].clone(), None if lse is None else lse[:, :, :prefix]
+    return Encoded(tokens, grids, q, k, prefix, scale, lse, patches=patches)
 
 
 LLAVA = register(

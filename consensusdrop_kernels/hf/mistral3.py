@@ -64,11 +64,12 @@ def _channels(tapped: list[Tapped], counts: list[int]) -> tuple[Tensor, ...]:
             f"the tapped attention must see {total} patches in one sequence once, got keys "
             f"{[tuple(t.k.shape) for t in tapped]}"
         )
-    q, k, scale = tapped[0]
+    q, k, scale, lse = tapped[0]
     starts = torch.tensor([0, *counts]).cumsum(0).to(k.device, torch.int32)
     saliency = torch.ops.cdrop.attention_saliency.varlen(
-        q[0].transpose(0, 1), k[0].transpose(0, 1), starts, max(counts), scale=scale
-    )
+        q[0].transpose(0, 1), k[0].transpose(0, 1), starts, max(counts), scale=scale,
+        lse=None if lse is None else lse[0],
+    )  # fmt: skip
     return torch.cat([saliency[:, None], k[0].float().mean(0)], 1).split(counts)
 
 

@@ -98,9 +98,11 @@ def _received(tapped: list[Tapped], segments: Tensor) -> tuple[Tensor, Tensor]:
     Flash attention takes all frames in one call, the others one by one; `segments [S+1]` on the CPU
     is where each starts.
     """
-    q, k, scale = tapped[0]
+    q, k, scale, lse = tapped[0]
     if len(tapped) > 1:
         q, k = torch.cat([t.q for t in tapped], 2), torch.cat([t.k for t in tapped], 2)
+        parts = [t.lse for t in tapped if t.lse is not None]
+        lse = torch.cat(parts, 2) if len(parts) == len(tapped) else None
     if int(segments[-1]) != k.shape[2] or len(k) != 1:
         raise RuntimeError(
             f"the tapped attention must see the {int(segments[-1])} patches of the grids, got keys "
@@ -112,6 +114,7 @@ def _received(tapped: list[Tapped], segments: Tensor) -> tuple[Tensor, Tensor]:
         segments.to(k.device),
         int(segments.diff().max()),
         scale=scale,
+        lse=None if lse is None else lse[0],
     )
     return received, k[0].mean(0)
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,11 +23,13 @@ _ATTRIBUTE = "_cdrop_tap"
 
 
 class Tapped(NamedTuple):
-    """One attention call: `q [B, H, T, d]`, `k [B, Hk, T, d]` and the factor on `q k`."""
+    """One attention call: `q [B, H, T, d]`, `k [B, Hk, T, d]`, the factor on `q k`, and the natural
+    log-sum-exp of the rows `[B, H, T]` float32 if the attention returned one (flex does)."""
 
     q: Tensor
     k: Tensor
     scale: float | None
+    lse: Tensor | None = None
 
 
 class Tap:
@@ -77,24 +80,35 @@ class Tap:
         finally:
             self._calls.local.tapped = None
 
-    def record(self, query: Tensor, key: Tensor, scale: float | None) -> None:
-        """Keep one call, if this thread is recording."""
+    def record(self, query: Tensor, key: Tensor, scale: float | None, returned: Any) -> None:
+        """Keep one call and what it returned, if this thread is recording."""
         tapped = getattr(self._calls.local, "tapped", None)
         if tapped is not None:
-            tapped.append(Tapped(query.detach(), key.detach(), scale))
+            lse = _row_lse(returned, query)
+            tapped.append(Tapped(query.detach(), key.detach(), scale, lse))
 
 
 def _pass_through(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     tap: Tap = getattr(module, _ATTRIBUTE)
-    tap.record(query, key, kwargs.get("scaling"))
     base = tap.config._attn_implementation
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
     # Flash attention reads the implementation's name from the module again.
     shown = _UnderOwnConfig(module, tap.config) if "flash" in base else module
-    return attend(shown, query, key, value, *args, **kwargs)
+    returned = attend(shown, query, key, value, *args, **kwargs)
+    tap.record(query, key, kwargs.get("scaling"), returned)
+    return returned
+
+
+def _row_lse(returned: Any, query: Tensor) -> Tensor | None:
+    """The log-sum-exp beside an attention's output: one float32 per row, where eager attention has
+    its whole map. In half precision it would blur the scores, and is not taken."""
+    beside = returned[1] if isinstance(returned, tuple) and len(returned) > 1 else None
+    if not isinstance(beside, Tensor) or beside.dtype != torch.float32:
+        return None
+    return beside.detach() if beside.shape == query.shape[:3] else None
 
 
 class _UnderOwnConfig:

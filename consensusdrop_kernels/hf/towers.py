@@ -90,7 +90,8 @@ def tile_signals(
             f"the tapped attention must see {tiles} tiles of {patches} patches after {prefix} "
             f"class tokens once, got keys {[tuple(t.k.shape) for t in tapped]}"
         )
-    q, k, scale = tapped[0]
-    rows = q[:, :, :prefix] if prefix else q
-    saliency = torch.ops.cdrop.attention_saliency(rows, k, scale=scale, prefix=prefix)
+    q, k, scale, lse = tapped[0]
+    if prefix:
+        q, lse = q[:, :, :prefix], None if lse is None else lse[:, :, :prefix]
+    saliency = torch.ops.cdrop.attention_saliency(q, k, scale=scale, lse=lse, prefix=prefix)
     return saliency, k[:, :, prefix:].float().mean(1)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from consensusdrop_kernels.hf import patch
+from consensusdrop_kernels.hf.adapter import find
 from consensusdrop_kernels.hf.query import question_mask
 from consensusdrop_kernels.methods import ConsensusDrop
 
 from . import reference
+from .families import FAMILIES, Family
 from .models import TOKENS, batch, pixels, prompt, random_llava
 
 WORDS = prompt(2, 4, seed=1)
@@ -167,3 +170,45 @@ def test_text_before_the_image_sees_none_of_it_in_causal_context() -> None:
     with patch(model, ConsensusDrop(keep=3)) as handle:
         model(**batch(words), pixel_values=pixels(1))
         assert handle.last.scores.textual.sum() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sums_of_an_attention_that_returns_them_are_used(
+    family: Family, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32: then a sum that is twice the true one halves every score. In half precision a sum
+    would blur the scores, and is not used."""
+    off = 0.0
+
+    def with_lse(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> Any:
+        mask = attention_mask
+        out = ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, **kwargs)[0]
+        logits = q @ k.transpose(2, 3) * kwargs["scaling"]
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else (
+                logits + mask
+            )  # fmt: skip
+        return out, (logits.logsumexp(-1) + off).to(dtype)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "with_lse", with_lse)
+    masks = AttentionMaskInterface._global_mapping
+    monkeypatch.setitem(masks, "with_lse", masks["sdpa"])
+    model = family.model()
+    inputs = family.join(family.samples())
+    found = []
+    for change, name in ((0.0, "sdpa"), (0.0, "with_lse"), (math.log(2), "with_lse")):
+        off = change
+        for source in find(model.config).sources:
+            for layer in model.get_submodule(source.layers):
+                attention = layer.get_submodule(source.attention)
+                attention.config._attn_implementation_internal = name
+        with patch(model, ConsensusDrop(keep=family.keep)) as handle:
+            model(**inputs)
+            found.append(handle.last.scores.visual)
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+    share = 0.5 if dtype == torch.float32 else 1.0
+    torch.testing.assert_close(found[2], found[0] * share, atol=1e-6, rtol=1e-4)
