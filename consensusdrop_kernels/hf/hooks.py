@@ -83,6 +83,7 @@ class _Prefill:
     progress: Progress | None = None  # of the stages inside the decoder
     pruning: Pruning | None = None
     kv_bytes: int = 0  # of a token in one layer, if there is a cache
+    host: tuple[Tensor, Tensor | None] | None = None  # ids and plain mask, on the CPU
 
 
 class Hooks:
@@ -293,12 +294,14 @@ class Hooks:
             raise NotImplementedError(
                 "images with inputs_embeds: pass input_ids, image placeholders are found by id"
             )
+        ids, mask = given["input_ids"], given.get("attention_mask")
         self._calls.local.prefill = _Prefill(
-            ids=given["input_ids"],
-            mask=given.get("attention_mask"),
+            ids=ids,
+            mask=mask,
             cache=cache,
             encoded=[self._given(at, given) for at in range(len(self._adapter.sources))],
             wanted=getattr(self._calls.local, "wanted", _Wanted()),
+            host=_on_host(ids, mask),
         )
 
     def _given(self, at: int, given: dict[str, Any]) -> Encoded | None:
@@ -485,9 +488,9 @@ class Hooks:
     def _placeholders(self, at: int, ids: Tensor) -> Tensor:
         return ids == getattr(self._model.config, self._adapter.sources[at].visual_id)
 
-    def _masks(self, prefill: _Prefill) -> list[Tensor]:
-        """The placeholders `[B, L]` of every source. Images and videos may have the same one: then
-        all are of the source that was encoded."""
+    def _masks(self, prefill: _Prefill, prompt: Tensor) -> list[Tensor]:
+        """The placeholders of every source in a prompt `[B, L]`. Images and videos may have the
+        same one: then all are of the source that was encoded."""
         ids = [getattr(self._model.config, source.visual_id) for source in self._adapter.sources]
         used = [n for n, found in zip(ids, prefill.encoded, strict=True) if found is not None]
         if len(used) != len(set(used)):
@@ -496,16 +499,18 @@ class Hooks:
                 "kind in a call"
             )
         return [
-            torch.zeros_like(prefill.ids, dtype=torch.bool)
+            torch.zeros_like(prompt, dtype=torch.bool)
             if found is None and n in used
-            else prefill.ids == n
+            else prompt == n
             for n, found in zip(ids, prefill.encoded, strict=True)
         ]
 
     def _locate(self, prefill: _Prefill, valid: Tensor | None, device: torch.device) -> Layout:
         """Where the images are, and which tokens ask."""
+        ids, plain = prefill.host or (prefill.ids, None)
         layout = locate(
-            self._masks(prefill), prefill.encoded, valid, prefill.ids, device,
+            self._masks(prefill, ids), prefill.encoded, valid if plain is None else plain, ids,
+            device,
             self.method.budget_scope == "crop", [s.joined for s in self._adapter.sources],
         )  # fmt: skip
         return _prompt_alone(layout, prefill.wanted)
@@ -593,6 +598,15 @@ class Hooks:
         width = width or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return 2 * config.num_hidden_layers * heads * width * embeds.element_size()
+
+
+def _on_host(ids: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
+    """The prompt and its mask `[B, L]`, if it is one, on the CPU. Copied before the encoder runs:
+    later the copy would wait for it, and the device then for the host."""
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        return ids.cpu(), None
+    both = torch.stack([ids, mask.to(ids)]).cpu()
+    return both[0], both[1]
 
 
 def _prompt_alone(layout: Layout, wanted: _Wanted) -> Layout:

@@ -16,6 +16,13 @@ from ..reference import weighted_mean
 from .adapter import Encoded
 
 
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for what runs there."""
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 class Place(NamedTuple):
     """One image (or crop, where crops have budgets of their own) in the prompts of a batch.
 
@@ -124,8 +131,9 @@ class Group:
         self.places = places
         self.sample_list = tuple(place.row for place in places)
         self.end_list = tuple(int(place.columns[-1]) for place in places)
-        self.sample = torch.tensor(self.sample_list, device=layout.device)
-        self.columns = torch.stack([place.columns for place in places]).to(layout.device)
+        self.sample = upload(torch.tensor(self.sample_list), layout.device)
+        columns = torch.stack([place.columns for place in places])
+        self.columns = upload(columns, layout.device)
 
     @property
     def tokens(self) -> int:
@@ -158,13 +166,13 @@ def locate(
 ) -> Layout:  # fmt: skip
     """Find the images; the features of a source go to its placeholders in order.
 
-    The device synchronisation that every prefill needs: lengths must be known on the host.
+    Lengths must be known on the host: what of these is on the device is waited for.
 
     Args:
         visual: `[B, L]` bool of every source.
         encoded: what each source encoded, or None where it has no placeholder.
         valid: `[B, L]`, 0 on padding, or None.
-        ids: `[B, L]` int64.
+        ids: `[B, L]` int64, where the masks are.
         device: where the embeddings are.
         by_crop: whether crops and frames count as images.
         joined: the sources whose pictures, where they stand side by side, are crops of one image.
@@ -172,7 +180,7 @@ def locate(
     Raises:
         ValueError: the placeholders are not those of whole images.
     """
-    real = torch.ones_like(ids) if valid is None else valid.long()
+    real = torch.ones_like(ids) if valid is None else valid.to(ids.device).long()
     ids, real, *masks = torch.stack([ids, real, *(mask.long() for mask in visual)]).cpu()
     breaks = torch.zeros_like(ids, dtype=torch.bool)
     places: list[list[Place]] = [[] for _ in encoded]
@@ -341,8 +349,8 @@ def shorten(
         # Unused slots (-1) go to one extra place that is cut off.
         here = group.flat.gather(1, selection.index.clamp_min(0))
         places.append(torch.where(selection.index < 0, batch * length, here).flatten())
-    left = compacted(embeds, stay.to(device), places, lengths, chosen)
-    removed = ((layout.valid & layout.visual).to(device) & ~left.keep).cumsum(1)
+    left = compacted(embeds, upload(stay, device), places, lengths, chosen)
+    removed = (upload(layout.valid & layout.visual, device) & ~left.keep).cumsum(1)
     moved = positions - removed if compact else positions
     index = left.order.expand(*positions.shape[:-2], -1, -1)
     return Shortened(
@@ -362,7 +370,7 @@ def shorten(
 def _largest(positions: Tensor, layout: Layout) -> Tensor:
     """The largest of spatial positions in each prompt, `[B, 1]`: the model counts on from there, as
     a picture may reach further than the text after it, or be the end of the prompt."""
-    valid = layout.valid.to(positions.device)
+    valid = upload(layout.valid, positions.device)
     return positions[-3:].amax(0).masked_fill(~valid, 0).amax(1, keepdim=True)
 
 
@@ -391,7 +399,7 @@ def compacted(
     keep = torch.cat([stay.flatten(), stay.new_zeros(1)])
     keep = keep.index_fill_(0, torch.cat(list(places)), True)[:-1].view(batch, length)
     order = keep.int().argsort(dim=1, stable=True)[:, -width:]
-    shift = torch.tensor([width - n for n in lengths], device=device)[:, None]
+    shift = upload(torch.tensor([width - n for n in lengths]), device)[:, None]
     slot = keep.cumsum(1) - 1 + shift  # of each kept token, in its row
     row = torch.arange(batch, device=device)[:, None] * width
     target = torch.cat([(slot + row).flatten(), slot.new_full((1,), batch * width)])

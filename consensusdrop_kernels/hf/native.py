@@ -267,7 +267,7 @@ class Native(Hooks):
 
     def _prompt(self, prefill: _Prefill, outputs: dict[str, Any]) -> tuple[Layout, Tensor]:
         """Where the pictures are, and the prompt as it enters the decoder, `[B, L, D]`."""
-        masks, words = self._masks(prefill), self._model.get_input_embeddings()
+        masks, words = self._masks(prefill, prefill.ids), self._model.get_input_embeddings()
         visual = torch.stack(masks).any(0)
         embeds = words(prefill.ids.masked_fill(visual, 0))
         layout = self._locate(prefill, prefill.mask, embeds.device)
@@ -290,7 +290,7 @@ class Native(Hooks):
         if short.mask is not None:
             used = short.mask.to(ids.device)
         left = ids.gather(1, order).masked_fill(~used, self._padding(given))
-        masks = [mask.gather(1, order) & used for mask in self._masks(prefill)]
+        masks = [mask.gather(1, order) & used for mask in self._masks(prefill, prefill.ids)]
         changed: dict[str, Any] = {"input_ids": left, "attention_mask": used.to(torch.long)}
         for name in _TYPE_IDS:
             if given.get(name) is not None:
@@ -322,7 +322,7 @@ class Native(Hooks):
         chosen: list[Selection], short: Shortened,
     ) -> list[Tensor]:  # fmt: skip
         """Features that early layers add, merged like the tokens, each `[B, K, D]`."""
-        masks, device = self._masks(prefill), short.embeds.device
+        masks, device = self._masks(prefill, prefill.ids), short.embeds.device
         visual = layout.visual.to(device)
         joint: list[Tensor] = []
         for source, mask in zip(self._adapter.sources, masks, strict=True):

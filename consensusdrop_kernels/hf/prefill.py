@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from ..methods.base import Selection
 from .cache import attach
 from .inputs import is_static
-from .layout import Layout, Shortened, merge_alike, slot_counts
+from .layout import Layout, Shortened, merge_alike, slot_counts, upload
 from .sizes import FULL, SLIDING
 
 DEEPSTACK = "deepstack_visual_embeds"
@@ -120,7 +120,7 @@ def merged_deepstack(
     """Features that early layers add to the visual tokens, merged as the tokens were."""
     batch, width = short.embeds.shape[:2]
     device = short.embeds.device
-    number = layout.visual.flatten().cumsum(0).sub(1).to(device)  # of each visual token
+    number = upload(layout.visual.flatten().cumsum(0).sub(1), device)  # of each visual token
     used = sum(sum(slot_counts(selection)) for selection in chosen)
     there = torch.cat(short.slots).sort().values[:used]  # unused slots are past the end
     visual = torch.zeros(batch * width, dtype=torch.bool, device=device)

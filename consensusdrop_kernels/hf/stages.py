@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..methods.base import Method, QueryRule, Selection, Signals, TextProbe, Words
 from .cache import State, add_stage
-from .layout import Compacted, Layout, Shortened, compacted, slot_counts
+from .layout import Compacted, Layout, Shortened, compacted, slot_counts, upload
 from .probe import Projection, row_lse
 from .query import padded_rows, question_mask
 from .sizes import key_bias, weighted_mask
@@ -169,10 +169,10 @@ class StageProbe:
             live = None if progress.live is None else progress.live[group.sample]
         else:
             index, kept = self._question(query, context)
-            where = progress.moved.gather(1, index.to(hidden.device))
+            where = progress.moved.gather(1, upload(index, hidden.device))
             q = project.queries(_take(hidden, where), where)
             asked = tuple(kept.any(1).tolist())
-            weight = kept.to(hidden.device).float()
+            weight = upload(kept, hidden.device).float()
             keys, live = k_all, progress.live
         lse = None
         if context == "all":

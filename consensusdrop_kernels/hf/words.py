@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..methods.base import QueryRule, Words
-from .layout import Group
+from .layout import Group, upload
 from .query import padded_rows, question_mask
 
 
@@ -30,7 +30,7 @@ def question_words(
     here[rows] = True
     index, live = padded_rows(mask & here[:, None])
     asked = tuple(live.any(1)[rows].tolist())
-    where = index.to(embeds.device)
+    where = upload(index, embeds.device)
     where = where if moved is None else moved.gather(1, where)
     words = embeds.gather(1, where[..., None].expand(-1, -1, embeds.shape[2]))
-    return Words(words[group.sample], live[rows].to(embeds.device), asked)
+    return Words(words[group.sample], upload(live[rows], embeds.device), asked)
