@@ -5,14 +5,27 @@ A method turns the `Signals` of a model into a `Selection` with a call or two of
 is the table of all that are here.
 """
 
+from .adafv import AdaFV
 from .base import Card, Method, Scores, Selection, Signals, TextProbe, Words
+from .cdpruner import CDPruner
 from .consensusdrop import ConsensusDrop
+from .divprune import DivPrune
+from .fastervlm import FasterVLM
+from .full import Full
 from .random import Random
 from .table import Row, methods
+from .tome import ToMe
+from .uniform import Uniform
+from .visionzip import VisionZip
 
 __all__ = [
+    "AdaFV",
+    "CDPruner",
     "Card",
     "ConsensusDrop",
+    "DivPrune",
+    "FasterVLM",
+    "Full",
     "Method",
     "Random",
     "Row",
@@ -20,6 +33,9 @@ __all__ = [
     "Selection",
     "Signals",
     "TextProbe",
+    "ToMe",
+    "Uniform",
+    "VisionZip",
     "Words",
     "methods",
 ]

@@ -38,6 +38,7 @@ class TextProbe(NamedTuple):
         weight: `[R, M]` float32, 0 on padding rows.
         asked: for each image, whether its prompt has any question row; where it has none, its
             rows of `weight` are all 0.
+        causal: of visual rows: whether each sees those up to itself alone.
     """
 
     q: Tensor
@@ -46,6 +47,7 @@ class TextProbe(NamedTuple):
     lse: Tensor | None
     weight: Tensor
     asked: tuple[bool, ...]
+    causal: bool = True
 
 
 class ProbeFn(Protocol):
@@ -99,6 +101,7 @@ class Signals:
             None where they are no whole grids.
         probe: computes the question's rows when called; None if the method does not need "text".
         words: finds the question's embeddings when called; None if it does not need "words".
+        original: inside the decoder, how many tokens each image had before any was dropped.
     """
 
     x: Tensor
@@ -115,6 +118,7 @@ class Signals:
     crops: tuple[tuple[int, int], ...] | None = None
     probe: ProbeFn | None = None
     words: WordsFn | None = None
+    original: int | None = None
 
     def rows(self, index: Tensor) -> Signals:
         """The signals of some of the images, `index` int64 `[R']`, without the question."""
@@ -154,7 +158,7 @@ class Selection:
     assign: Tensor
     size: Tensor
     padded: bool = False
-    score_fn: Callable[[], Scores] | None = field(default=None, repr=False)
+    score_fn: Callable[[], Scores | None] | None = field(default=None, repr=False)
 
     @cached_property
     def scores(self) -> Scores:
@@ -163,12 +167,13 @@ class Selection:
         Raises:
             RuntimeError: the method scores nothing, or its signals were not kept.
         """
-        if self.score_fn is None:
+        found = None if self.score_fn is None else self.score_fn()
+        if found is None:
             raise RuntimeError(
                 "there are no scores: the method uses none, or its signals were not kept "
                 "(patch with keep_signals=True)"
             )
-        return self.score_fn()
+        return found
 
 
 class Card(NamedTuple):
@@ -239,21 +244,38 @@ class Method(ABC):
     def select(self, signals: Signals) -> Selection:
         """Choose and merge; called only where `budget(N) < N`."""
 
+    def fitted(self, layers: int) -> Method:
+        """The method as it runs in a decoder of `layers` layers; `patch` uses this one."""
+        return self
+
+    def average_tokens(self, tokens: int, layers: int) -> float:
+        """How many of an image's `tokens` tokens a layer sees, on average over a decoder's
+        `layers`: what methods that prune at different depths are compared by."""
+        method = self.fitted(layers)
+        at = method.stages(layers)
+        left = [method.budget(tokens)]
+        for stage in range(len(at)):
+            left.append(min(method.stage_budget(stage, tokens), left[-1]))
+        bounds = (0, *at, layers)
+        held = [n * (b - a) for n, a, b in zip(left, bounds, bounds[1:], strict=False)]
+        return sum(held) / layers
+
     def stages(self, layers: int) -> tuple[int, ...]:
         """Decoder layers, of `layers`, before which to prune again, ascending; none by default."""
         return ()
 
     def stage_budget(self, stage: int, tokens: int) -> int:
-        """Slots that remain after stage number `stage` of an image that had `tokens` patches."""
+        """Slots that remain after stage number `stage` of an image that had `tokens` tokens."""
         raise NotImplementedError
 
     def select_stage(self, stage: int, signals: Signals) -> Selection:
         """Choose and merge inside the decoder.
 
-        `x` are hidden states before the layer that is about to run, `size` says what they stand
-        for, `probe` gives that layer's queries and keys, whatever `layer` it is asked for;
-        `query="visual"` asks by the visual tokens themselves. `words` are hidden states too. What
-        the encoder said is there as long as nothing has been dropped.
+        `x` are hidden states before the layer that is about to run, in the order of the prompt,
+        `size` says what they stand for, `original` how many there were. `probe` gives that layer's
+        queries and keys, whatever `layer` it is asked for; `query="visual"` asks by the visual
+        tokens themselves. `words` are hidden states too. What the encoder said is there as long as
+        nothing has been dropped.
         """
         raise NotImplementedError
 

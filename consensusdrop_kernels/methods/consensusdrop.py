@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -29,7 +28,7 @@ from .base import (
     check_range,
     keep_count,
 )
-from .parts import encoder_saliency, merged
+from .parts import encoder_saliency, merged, warn_unasked
 
 ROWS = ("max", "mean", "last")
 
@@ -150,7 +149,7 @@ class ConsensusDrop(Method):
         probe = self._probe(signals)
         if probe is None or all(probe.asked):
             return self._merge(signals, probe)
-        warnings.warn("a prompt has no text: its image goes by the encoder alone", stacklevel=2)
+        warn_unasked(probe.asked, "the encoder")
         device = signals.x.device
         blind = torch.tensor([i for i, asks in enumerate(probe.asked) if not asks], device=device)
         keen = torch.tensor(

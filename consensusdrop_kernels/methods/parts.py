@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..reference import contextual_slots
-from .base import Selection, Signals
+from .base import QueryRule, Selection, Signals, Words
 
 
 def encoder_saliency(signals: Signals) -> Tensor:
@@ -44,6 +47,36 @@ def encoder_metric(signals: Signals) -> Tensor:
         raise ValueError('the method must name "encoder" in its needs')
     # The sum of half-precision keys loses what tells them apart.
     return signals.k_vis[:, :, signals.prefix :].float().mean(1)
+
+
+def most_attended(signals: Signals, keep: int) -> tuple[Tensor, Tensor]:
+    """The tokens that the encoder attends to most: `index [R, keep]` as the select ops return it,
+    and what it goes by, `[R, N]` float32, -inf on padding.
+
+    Raises:
+        ValueError: the signals hold nothing of the encoder.
+    """
+    index, score = torch.ops.cdrop.consensus_select(
+        encoder_saliency(signals), None, keep, valid=signals.valid
+    )
+    return index, score
+
+
+def question_words(signals: Signals, query: str | QueryRule) -> Words:
+    """The question's embeddings.
+
+    Raises:
+        ValueError: the signals hold none.
+    """
+    if signals.words is None:
+        raise ValueError('the method must name "words" in its needs')
+    return signals.words(query)
+
+
+def warn_unasked(asked: Sequence[bool], instead: str) -> None:
+    """Warns the caller of `select` if an image has no question; `instead` is what it goes by."""
+    if not all(asked):
+        warnings.warn(f"a prompt has no text: its image goes by {instead} alone", stacklevel=3)
 
 
 def picked(signals: Signals, index: Tensor) -> Selection:
