@@ -101,13 +101,13 @@ class Hooks:
         self, model: nn.Module, adapter: Adapter, method: Method, special: Tensor | None,
         keep_signals: bool, keep_breaks: bool,
     ) -> None:  # fmt: skip
-        self.method = method
+        self._text: Any = model.get_submodule(adapter.text)
+        self.method = method = method.fitted(len(self._text.layers))
         self.last: Pruning | None = None
         self.stats = Stats()
         self._model: Any = model
         self._adapter = adapter
         self._outer: Any = model.get_submodule(adapter.outer)
-        self._text: Any = model.get_submodule(adapter.text)
         self._special = special
         self._keep_signals = keep_signals
         self._keep_breaks = keep_breaks
@@ -376,7 +376,10 @@ class Hooks:
             if is_static(prefill.cache):
                 raise NotImplementedError("stages inside the decoder can't use a static cache")
             weighs = self.method.size_attention
-            prefill.progress = Progress.after(layout, chosen, short, weighs, signals, whole)
+            causal = not self._adapter.whole_masks
+            prefill.progress = Progress.after(
+                layout, chosen, short, weighs, signals, whole, causal
+            )  # fmt: skip
         return (), kwargs
 
     def _weigh(self, kwargs: dict[str, Any], chosen: list[Selection], short: Shortened) -> None:

@@ -168,11 +168,13 @@ def _take_keys(k: Tensor, group: Group) -> Tensor:
 
 
 def row_lse(q: Tensor, k: Tensor, index: Tensor, valid: Tensor, scale: float) -> Tensor:
-    """Log-sum-exp of whole causal rows, `[B, H, M]` float32, one key head at a time."""
+    """Log-sum-exp of whole causal rows, `[B, H, M]` float32, one key head at a time; `valid` is
+    `[B, L]`, or `[B, M, L]` where rows see different keys."""
     batch, heads, rows, width = q.shape
     groups = k.shape[1]
     column = torch.arange(k.shape[2], device=k.device)
-    seen = valid[:, None, :] & (column <= index[:, :, None])  # [B, M, L]
+    seen = column <= index[:, :, None]  # [B, M, L]
+    seen = seen & (valid if valid.dim() == 3 else valid[:, None])
     grouped = q.float().view(batch, groups, -1, rows, width)
     with torch.autocast(q.device.type, enabled=False):  # it would make float32 matmuls half again
         parts = [

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and GLM-4V: packed patches, several of them merged per token.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and GLM-4V, and their like: packed patches, several of them merged per token.
 
 Their towers see the patches of all images as one packed sequence in which each frame attends to
 itself, without a class token, and a merger makes `spatial_merge_size ** 2` neighbours into one
@@ -143,9 +143,9 @@ def _sources(
     return image, video
 
 
-def _adapter(model_type: str, sources: tuple[Source, ...]) -> Adapter:
+def _adapter(sources: tuple[Source, ...], *model_types: str) -> Adapter:
     return Adapter(
-        model_types=(model_type,),
+        model_types=model_types,
         outer="model",
         text="model.language_model",
         sources=sources,
@@ -153,8 +153,8 @@ def _adapter(model_type: str, sources: tuple[Source, ...]) -> Adapter:
     )
 
 
-QWEN2_VL = register(_adapter("qwen2_vl", _sources()))
-QWEN2_5_VL = register(_adapter("qwen2_5_vl", _sources(_last_whole_layer, _by_windows)))
-QWEN3_VL = register(_adapter("qwen3_vl", _sources()))
+QWEN2_VL = register(_adapter(_sources(), "qwen2_vl"))
+QWEN2_5_VL = register(_adapter(_sources(_last_whole_layer, _by_windows), "qwen2_5_vl"))
+QWEN3_VL = register(_adapter(_sources(), "qwen3_vl", "qwen3_vl_moe"))
 # Frames of a video have the placeholder of images here.
-GLM4V = register(_adapter("glm4v", _sources(video_id="image_token_id")))
+GLM4V = register(_adapter(_sources(video_id="image_token_id"), "glm4v", "glm4v_moe", "glm46v"))

@@ -49,7 +49,9 @@ def check_stages(stages: tuple[int, ...], text: Any, least: int) -> None:
         raise NotImplementedError(
             f"stages need the whole decoder on one device, this one is on {sorted(devices)}"
         )
-    kinds = set(getattr(text.config, "layer_types", None) or ["full_attention"])
+    window = getattr(text.config, "sliding_window", None)
+    every = "full_attention" if window is None else "sliding_attention"
+    kinds = set(getattr(text.config, "layer_types", None) or [every])
     if kinds != {"full_attention"}:
         raise NotImplementedError(
             f"stages need layers that see the whole sequence, this decoder has {sorted(kinds)}"
@@ -73,8 +75,8 @@ class Progress:
 
     Attributes:
         layout: the prompts as they were.
-        slots: for each group, the places of its tokens in the `B * K` tokens, `[R, S]`; `B * K`
-            where a slot is unused.
+        slots: for each group, the places of its tokens in the `B * K` tokens, `[R, S]`, ascending;
+            `B * K` where a slot is unused.
         sizes: for each group `[R, S]`, how many patches each token stands for.
         live: `[B, K]` bool, or None if every place is a token.
         moved: `[B, L]`, where each text token of the prompt stands now.
@@ -82,6 +84,7 @@ class Progress:
         width: `K`.
         padded: for each group, whether slots may be unused.
         weighs: whether attention goes by the sizes.
+        causal: whether no visual token sees one after it.
         done: stages behind.
         encoder: for each group, what the encoder said of its tokens; None once any was dropped.
         order: `[B, K]`, the place that each token had when it entered the decoder; None before the
@@ -99,6 +102,7 @@ class Progress:
     padded: list[bool]
     encoder: list[Signals | None]
     weighs: bool = False
+    causal: bool = True
     done: int = 0
     order: Tensor | None = None
     inputs: dict[int, Any] = field(default_factory=dict)
@@ -106,20 +110,21 @@ class Progress:
     @classmethod
     def after(
         cls, layout: Layout, chosen: Sequence[Selection], short: Shortened, weighs: bool,
-        signals: Sequence[Signals], whole: Sequence[bool],
+        signals: Sequence[Signals], whole: Sequence[bool], causal: bool = True,
     ) -> Progress:  # fmt: skip
         """Where a prefill stands when it enters the decoder; `whole` says of which groups nothing
         was dropped, and `signals` what was known of them."""
-        slots = [
-            where.view(selection.index.shape)
+        places = [
+            _in_order(where.view(selection.index.shape), selection.size.float())
             for where, selection in zip(short.slots, chosen, strict=True)
         ]
-        sizes = [selection.size.float() for selection in chosen]
+        slots, sizes = [slots for slots, _ in places], [size for _, size in places]
         width = short.embeds.shape[1]
         padded = [selection.padded for selection in chosen]
         return cls(
             layout, slots, sizes, short.mask, short.restore, list(short.lengths), width, padded,
             [one if every else None for one, every in zip(signals, whole, strict=True)], weighs,
+            causal,
         )  # fmt: skip
 
     def bias(self, batch: int) -> Tensor | None:
@@ -131,14 +136,18 @@ class StageProbe:
     """Queries and keys of the layer that is about to run, on the hidden states it will get."""
 
     def __init__(
-        self, text: Any, layer: int, hidden: Tensor, angles: Any, progress: Progress, group: int,
-        special: Tensor | None,
+        self, text: Any, layer: int, hidden: Tensor, given: dict[str, Any], progress: Progress,
+        group: int, special: Tensor | None,
     ) -> None:  # fmt: skip
         self._hidden = hidden.detach()
         self._progress = progress
         self._number = group
         self._special = special
-        self._text, self._layer, self._angles = text, layer, angles
+        self._text, self._layer, self._angles = text, layer, given["position_embeddings"]
+        mask = given.get("attention_mask")
+        whole = isinstance(mask, Tensor) and mask.dim() == 4
+        self._mask: Tensor | None = mask if whole else None
+        self._causal = progress.causal or not whole
 
     def words(self, query: str | QueryRule) -> Words:
         """The hidden states of the question."""
@@ -178,10 +187,21 @@ class StageProbe:
         if context == "all":
             seen = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
             seen = seen if live is None else live
+            if not self._causal:
+                seen = self._seen(where, group.sample if query == "visual" else None)
+                where = torch.full_like(where, keys.shape[2])
             lse = row_lse(q, keys, where, seen, project.scale)
         if query != "visual":
             q, lse = q[group.sample], None if lse is None else lse[group.sample]
-        return TextProbe(q, k, project.scale, lse, weight, asked)
+        return TextProbe(q, k, project.scale, lse, weight, asked, self._causal)
+
+    def _seen(self, where: Tensor, sample: Tensor | None) -> Tensor:
+        """Which places the rows at `where [R, M]` of their samples see, `[R, M, K]` bool."""
+        assert self._mask is not None
+        mask = self._mask[:, 0].expand(len(self._hidden), -1, -1)
+        mask = mask if sample is None else mask[sample]
+        rows = mask.gather(1, where[..., None].expand(-1, -1, mask.shape[2]))
+        return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
 
     def _question(self, query: str | QueryRule, context: str) -> tuple[Tensor, Tensor]:
         """The prompt's places `[B, M]` of the question's rows, and which count `[R, M]`."""
@@ -217,7 +237,6 @@ def advance(
     """Prune the hidden states `[B, K, D]` before a layer; brings `progress` up to date."""
     batch, length, _ = hidden.shape
     end = batch * length
-    angles = kwargs["position_embeddings"]
     chosen: list[Selection] = []
     places: list[Tensor] = []
     stay = hidden.new_ones(batch, length, dtype=torch.bool)
@@ -232,7 +251,7 @@ def advance(
         count = slots.shape[1]
         padded = progress.padded[number]
         budget = min(method.stage_budget(progress.done, group.tokens), count)
-        probe = StageProbe(text, layer, hidden, angles, progress, number, special)
+        probe = StageProbe(text, layer, hidden, kwargs, progress, number, special)
         known = progress.encoder[number] or Signals(hidden, (1, count))
         signals = replace(
             known,
@@ -241,6 +260,7 @@ def advance(
             size=progress.sizes[number],
             probe=probe,
             words=probe.words,
+            original=group.tokens,
         )
         selection = (
             method.identity(signals)
@@ -265,7 +285,8 @@ def advance(
         chosen.append(selection)
     left = compacted(hidden, stay, places, lengths, chosen)
     for number, selection in enumerate(chosen):
-        progress.slots[number] = left.slots[number].view(selection.index.shape)
+        slots = left.slots[number].view(selection.index.shape)
+        progress.slots[number], progress.sizes[number] = _in_order(slots, progress.sizes[number])
     progress.moved = left.restore.gather(1, progress.moved)
     progress.live, progress.lengths = left.mask, lengths
     progress.width = left.tokens.shape[1]
@@ -278,6 +299,12 @@ def advance(
     if cache is not None:
         add_stage(cache, progress.width, left.mask, progress.bias(batch))
     return left.tokens, left
+
+
+def _in_order(slots: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens in the order of the prompt, whatever the order of a selection; unused slots last."""
+    order = slots.argsort(dim=1)
+    return slots.gather(1, order), sizes.gather(1, order)
 
 
 def _joined(selection: Selection, size: Tensor) -> Tensor:
@@ -308,7 +335,9 @@ def _shorter(name: str, given: Any, progress: Progress, text: Any, tokens: Tenso
     if name == "position_embeddings":
         return tuple(torch.take_along_dim(part, order[..., None], -2) for part in given)
     if name == "position_ids":
-        return None if given is None else torch.take_along_dim(given, order, -1)
+        if given is None:
+            return None
+        return torch.take_along_dim(given, order.expand(*given.shape[:-2], -1, -1), -1)
     if isinstance(given, Tensor) and given.dim() == 4:
         rows = torch.take_along_dim(given, order[:, None, :, None], 2)
         mask = torch.take_along_dim(rows, order[:, None, None, :], 3)

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and GLM-4V with random weights: images and videos."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V and their like with random weights: images and videos."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ import transformers
 from transformers import (
     Glm4vConfig,
     Glm4vForConditionalGeneration,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
+    Glm46VConfig,
+    Glm46VForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from . import Family, Inputs, family, loud, noise, prompt, words
@@ -31,6 +37,9 @@ TEXT: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]},
 }  # fmt: skip
 TOWER: dict[str, Any] = {"depth": 3, "num_heads": 4, "patch_size": 4, "spatial_merge_size": MERGE}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+}  # fmt: skip
 IDS: dict[str, Any] = {
     "image_token_id": IMAGE, "vision_start_token_id": START, "vision_end_token_id": END,
     "video_token_id": VIDEO, "pad_token_id": PAD, "eos_token_id": None, "bos_token_id": 1,
@@ -53,7 +62,7 @@ def build(name: str) -> Any:
         }  # fmt: skip
         config = Qwen2_5_VLConfig(text_config=TEXT, vision_config=tower, **IDS)
         make = Qwen2_5_VLForConditionalGeneration
-    elif name == "qwen3_vl":
+    elif name.startswith("qwen3_vl"):
         tower = TOWER | {
             "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48,
             "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
@@ -61,6 +70,10 @@ def build(name: str) -> Any:
         text = TEXT | {"head_dim": 12, "num_hidden_layers": 4}
         config = Qwen3VLConfig(text_config=text, vision_config=tower, **IDS)
         make = Qwen3VLForConditionalGeneration
+        if name == "qwen3_vl_moe":
+            text = text | EXPERTS
+            config = Qwen3VLMoeConfig(text_config=text, vision_config=tower, **IDS)
+            make = Qwen3VLMoeForConditionalGeneration
     else:
         tower = TOWER | {
             "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48, "image_size": 32,
@@ -71,6 +84,20 @@ def build(name: str) -> Any:
         }  # fmt: skip
         config = Glm4vConfig(text_config=TEXT, vision_config=tower, **ids)
         make = Glm4vForConditionalGeneration
+        if name == "glm46v":
+            tower, text = (
+                tower | {"model_type": "glm4v_vision"},
+                TEXT | {"model_type": "glm4v_text"},
+            )
+            config = Glm46VConfig(text_config=text, vision_config=tower, **ids)
+            make = Glm46VForConditionalGeneration
+        elif name == "glm4v_moe":
+            text = TEXT | EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1}
+            text |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+            rope = TEXT["rope_parameters"] | {"mrope_section": [1, 1, 1]}  # of half a head
+            text |= {"rope_parameters": rope}
+            config = Glm4vMoeConfig(text_config=text, vision_config=tower, **ids)
+            make = Glm4vMoeForConditionalGeneration
     model = loud(make(config), START, END, IMAGE, VIDEO, VIDEO_START, VIDEO_END)
     model.generation_config.pad_token_id = PAD
     return model
@@ -107,9 +134,9 @@ def _picture(name: str, kind: str, grid: Grid) -> list[int]:
     each = height * width // MERGE**2
     if kind == "image":
         return [START, *[IMAGE] * (frames * each), END]
-    if name == "qwen3_vl":
+    if name.startswith("qwen3_vl"):
         return [i for f in range(frames) for i in (3 + f, START, *[VIDEO] * each, END)]
-    if name == "glm4v":
+    if name.startswith("glm"):
         parts = [i for f in range(frames) for i in (START, *[IMAGE] * each, END, 3 + f)]
         return [VIDEO_START, *parts, VIDEO_END]
     return [START, *[VIDEO] * (frames * each), END]
@@ -156,6 +183,8 @@ def _family(name: str, kind: str, prompts: list[list[Part]], beams: bool = True)
 for _name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
     _family(_name, "images", IMAGES)
     _family(_name, "mixed", MIXED)
+for _name in ("qwen3_vl_moe", "glm4v_moe", "glm46v"):
+    _family(_name, "images", IMAGES[:2])
 _family("glm4v", "images", IMAGES)  # images and videos of one call share a placeholder there
 # From 5.18 on generate looks for as many video placeholders as there are features, and finds none.
 _family("glm4v", "videos", VIDEOS, beams=transformers.__version__.startswith("5.17."))
