@@ -102,7 +102,8 @@ class Hooks:
         keep_signals: bool, keep_breaks: bool,
     ) -> None:  # fmt: skip
         self._text: Any = model.get_submodule(adapter.text)
-        self.method = method = method.fitted(len(self._text.layers))
+        layers: Any = self._text.layers
+        self.method = method = method.fitted(len(layers))
         self.last: Pruning | None = None
         self.stats = Stats()
         self._model: Any = model
@@ -125,7 +126,6 @@ class Hooks:
             )
         self._compact = method.positions != "original" and not adapter.spatial_positions
         self._unflashed = Unflashed(self._text)
-        layers: Any = self._text.layers
         self._stages = method.stages(len(layers))
         if self._stages:
             check_stages(self._stages, self._text, adapter.first_stage(model.config))

@@ -262,7 +262,7 @@ class Watching(Staged):
                 scale=probe.scale,
                 lse=probe.lse,
                 query_weight=probe.weight,
-                causal=self.query == "visual",
+                causal=self.query == "visual" and probe.causal,
             )
         )
         return super().select_stage(stage, signals)
@@ -280,6 +280,56 @@ def test_visual_rows_ask() -> None:
         model(**inputs)
     want = maps[0, :, 3:19, 3:19].mean((0, 1))
     torch.testing.assert_close(method.seen[0][0], want, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_visual_rows_of_a_model_whose_prompt_sees_itself_in_both_directions() -> None:
+    """PaliGemma: what a row sees is in the mask, and not what comes before it."""
+    family = FAMILIES["paligemma-gemma"]
+    model, batched = family.model(), family.join(family.samples())
+    model.set_attn_implementation("eager")
+    maps = model(**batched, output_attentions=True).attentions[1]
+    method = Watching(at=(1,), shares=(0.5,), context="all", query="visual")
+    with patch(model, method) as handle:
+        model(**batched)
+    for image, row in enumerate(handle.last.sample):
+        columns = handle.last.columns[image]
+        want = maps[row][:, columns][..., columns].mean((0, 1))
+        torch.testing.assert_close(method.seen[0][image], want, atol=1e-5, rtol=1e-4)
+
+
+@dataclass(frozen=True)
+class Backwards(Staged):
+    """Lists the slots it keeps before the decoder from the last to the first."""
+
+    def select(self, signals: Signals) -> Selection:
+        index = torch.arange(self.budget(signals.x.shape[1])).flip(0).expand(len(signals.x), -1)
+        return chosen(signals, index)
+
+
+@torch.no_grad()
+def test_a_stage_sees_tokens_in_the_order_of_the_prompt() -> None:
+    """Whatever the order of slots before it, as contextual slots come after all others."""
+    seen = []
+    for kind in (Staged, Backwards):
+        method = kind(keep=0.8, at=(1, 2), query="visual", context="all")
+        with patch(random_llava(), method) as handle:
+            out = handle._model(**WORDS, pixel_values=pixels(2))
+        seen.append((out.logits, *(index for _, index in method.taken)))
+    for one, other in zip(*seen, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_stages_of_layers_that_see_a_window() -> None:
+    """By the kinds of layers a config names, or where it names none by its window."""
+    for name in ("gemma3", "paligemma-gemma2"):
+        with pytest.raises(NotImplementedError, match=r"whole sequence, .*sliding_attention"):
+            patch(FAMILIES[name].model(), Staged(at=(1, 2)))
+    model = FAMILIES["mistral3"].model()
+    patch(model, Staged()).remove()
+    model.config.text_config.sliding_window = 9
+    with pytest.raises(NotImplementedError, match=r"this decoder has \['sliding_attention'\]"):
+        patch(model, Staged())
 
 
 @torch.no_grad()
