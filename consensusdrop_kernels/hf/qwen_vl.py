@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and GLM-4V, and their like: packed patches, several of them merged per token.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V and their like: packed patches, several to a token.
 
 Their towers see the patches of all images as one packed sequence in which each frame attends to
 itself, without a class token, and a merger makes `spatial_merge_size ** 2` neighbours into one
@@ -150,7 +150,13 @@ def _adapter(sources: tuple[Source, ...], *model_types: str) -> Adapter:
         text="model.language_model",
         sources=sources,
         spatial_positions=True,
+        first_stage=_past_deepstack,
     )
+
+
+def _past_deepstack(config: Any) -> int:
+    """Each of the first layers adds features to all visual tokens, as many as there are."""
+    return max(1, len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ()))
 
 
 QWEN2_VL = register(_adapter(_sources(), "qwen2_vl"))

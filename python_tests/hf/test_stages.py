@@ -332,6 +332,13 @@ def test_stages_of_layers_that_see_a_window() -> None:
         patch(model, Staged())
 
 
+def test_stages_while_features_are_still_added() -> None:
+    model = FAMILIES["qwen3_vl-images"].model()
+    with pytest.raises(ValueError, match=r"ascending layers in 2\.\.3 .* got \[1, 2\]"):
+        patch(model, Staged(at=(1, 2)))
+    patch(model, Staged(at=(2, 3))).remove()
+
+
 @torch.no_grad()
 def test_cache_bytes_and_tokens_of_every_stage_are_reported() -> None:
     model = random_llava()
