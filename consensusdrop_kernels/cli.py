@@ -1,10 +1,12 @@
-"""The `cdrop` command: `demo` shows token reduction at work, `info` what is installed."""
+"""The `cdrop` command: `demo` shows token reduction at work, `methods` lists what can be chosen,
+`info` what is installed."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import importlib.util
+import json
 import math
 import os
 import platform
@@ -24,6 +26,7 @@ _DEFAULT_SCENE = "slate"
 _DEFAULT_QUESTIONS = 2
 _SHIPPED_QUESTIONS = ("how many objects are there ?", "what color is the largest object ?")
 _OTHER_QUESTIONS = ("What is shown in the image?",)
+_METHOD_COLUMNS = ("method", "class", "goes by", "prunes", "question", "merges", "reference")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,9 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="cdrop", description="Fewer visual tokens for vision-language models.")
     parser.add_argument("--version", action="version", version=f"cdrop {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{demo,info}", title="commands")
-    info = commands.add_parser("info", help="versions, backends, and why one is missing")
-    info.set_defaults(run=_info)
+    names = "{demo,methods,info}"
+    commands = parser.add_subparsers(dest="command", metavar=names, title="commands")
     demo = commands.add_parser(
         "demo",
         help="ask a model about an image with all visual tokens and with fewer",
@@ -68,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
     _add_demo_options(demo)
+    methods = commands.add_parser("methods", help="the reduction methods, and what each goes by")
+    methods.add_argument("--json", action="store_true", help="as a list of objects")
+    methods.set_defaults(run=_methods)
+    info = commands.add_parser("info", help="versions, backends, and why one is missing")
+    info.set_defaults(run=_info)
     return parser
 
 
@@ -310,6 +317,35 @@ def _unit(count: int) -> tuple[str, int]:
 def _one_line(answer: str, width: int = 70) -> str:
     line = " ".join(answer.split())
     return line if len(line) <= width else line[: width - 3] + "..."
+
+
+# --- cdrop methods ------------------------------------------------------------------------------
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from .methods import methods
+
+    rows = []
+    for row in methods():
+        rest = row._asdict()
+        rows.append({"name": rest.pop("name"), "class": rest.pop("method").__name__, **rest})
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    lines = [list(_METHOD_COLUMNS), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    return 0
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        value = ", ".join(value)
+    return str(value or "-")
 
 
 # --- cdrop info ---------------------------------------------------------------------------------
