@@ -28,8 +28,10 @@ from .base import (
     check_range,
     keep_count,
 )
+from .coverage import even_priority
 from .parts import encoder_saliency, merged, warn_unasked
 
+PROBES = ("static", "lookahead", "in_llm")
 ROWS = ("max", "mean", "last")
 
 
@@ -45,8 +47,9 @@ class ConsensusDrop(Method):
     1. Encoder saliency: attention of the CLS row over the patches, mean of heads, in the encoder
        layer whose features the model uses.
     2. Question saliency: attention of the question's rows over the visual tokens, by the norm and
-       projections of one LLM layer on the plain input embeddings (a static probe: no layer runs).
-    3. Consensus: `torch.ops.cdrop.consensus_select`.
+       projections of one LLM layer.
+    3. Consensus: `torch.ops.cdrop.consensus_select`, a share of the budget spread evenly over the
+       picture if asked for.
     4. Merge: `torch.ops.cdrop.token_merge`, guided by the encoder keys of step 1's layer.
 
     Args:
@@ -54,11 +57,17 @@ class ConsensusDrop(Method):
         alpha: weight of the question, 0..1; 0 leaves the encoder alone, and no probe is computed.
         fusion: how the two lists become one, see `consensus_select`: "rank", "rrf", "sum",
             "zscore", "product", "max".
+        probe: what that layer is given. "static": the plain input embeddings, no layer runs.
+            "lookahead": the layers before it run for the text rows alone, while the visual tokens
+            stay as they are. "in_llm": what it really gets; then the tokens are dropped there,
+            inside the decoder, and not before it, and the cache of earlier layers stays whole.
         probe_layer: LLM layer whose input norm and query/key projections are used.
         rows: over the question's rows: "max", "mean", or "last" (only the last row).
         rotary: rotate probe queries and keys by their positions, as the layer itself would.
         probe_context: softmax over the "visual" keys of the image alone, or over "all" keys a row
             sees; at `probe_layer=0` with rotary, "all" is exactly the attention the LLM computes.
+        coverage: share of the kept tokens, 0..1, that go to an even spread over the patch grid (a
+            farthest-point order, crop by crop), and not to the best of the consensus.
         contextual: extra slots per image, spread over the dropped tokens, that take the rest in
             place of the kept tokens (which then stay as they are).
         threshold: cosine below which a dropped token joins nothing; -1 merges every token.
@@ -93,10 +102,12 @@ class ConsensusDrop(Method):
     keep: int | float
     alpha: float = 0.5
     fusion: str = "rank"
+    probe: str = "static"
     probe_layer: int = 0
     rows: str = "max"
     rotary: bool = True
     probe_context: str = "visual"
+    coverage: float = 0.0
     contextual: int = 0
     threshold: float = -1.0
     blend: float = 1.0
@@ -109,11 +120,18 @@ class ConsensusDrop(Method):
         check_keep(self.keep)
         check_range("alpha", self.alpha, 0.0, 1.0)
         check_choice("fusion", self.fusion, FUSIONS)
+        check_choice("probe", self.probe, PROBES)
         check_count("probe_layer", self.probe_layer)
+        if self.probe == "in_llm" and self.probe_layer < 1:
+            raise ValueError(
+                f"probe_layer must be >= 1 with probe='in_llm' (the tokens are dropped before that "
+                f"layer), got {self.probe_layer}"
+            )
         check_choice("rows", self.rows, ROWS)
         check_flag("rotary", self.rotary)
         check_flag("size_attention", self.size_attention)
         check_choice("probe_context", self.probe_context, CONTEXTS)
+        check_range("coverage", self.coverage, 0.0, 1.0)
         check_count("contextual", self.contextual)
         check_range("threshold", self.threshold, -1.0, 1.0)
         check_range("blend", self.blend, 0.0, 1.0)
@@ -133,6 +151,22 @@ class ConsensusDrop(Method):
         return self.probe_layer if self.alpha > 0 else None
 
     def budget(self, tokens: int) -> int:
+        """Slots that enter the decoder of an image of `tokens` tokens."""
+        return tokens if self.probe == "in_llm" else self._slots(tokens)
+
+    def stages(self, layers: int) -> tuple[int, ...]:
+        """Before `probe_layer`, if the probe is the decoder's own attention."""
+        return (self.probe_layer,) if self.probe == "in_llm" else ()
+
+    def stage_budget(self, stage: int, tokens: int) -> int:
+        """Kept and contextual slots."""
+        return self._slots(tokens)
+
+    def select_stage(self, stage: int, signals: Signals) -> Selection:
+        """As `select`, of hidden states."""
+        return self.select(signals)
+
+    def _slots(self, tokens: int) -> int:
         """Kept and contextual slots of an image of `tokens` tokens."""
         keep = keep_count(self.keep, tokens)
         if keep + self.contextual > tokens:
@@ -168,6 +202,7 @@ class ConsensusDrop(Method):
             rotary=self.rotary,
             context=self.probe_context,
             query=self.query,
+            lookahead=self.probe == "lookahead",
         )
         if self.rows != "last":
             return probe
@@ -197,8 +232,17 @@ class ConsensusDrop(Method):
             valid=signals.valid,
             threshold=self.threshold,
             blend=self.blend,
+            **self._spread(signals),
         )
         return Selection(tokens, index, assign, size, padded=signals.valid is not None)
+
+    def _spread(self, signals: Signals) -> dict[str, Any]:
+        """The places for an even coverage, as the select ops take them."""
+        keep = keep_count(self.keep, signals.x.shape[1])
+        places = round(self.coverage * keep)
+        if places == 0:
+            return {}
+        return {"priority": even_priority(signals, keep), "priority_keep": places}
 
     def _merge_by_parts(self, signals: Signals, probe: TextProbe | None) -> Selection:
         """The same, where the encoder's saliency comes as scores of the tokens."""
@@ -210,6 +254,7 @@ class ConsensusDrop(Method):
             alpha=self.alpha,
             fusion=self.fusion,
             valid=signals.valid,
+            **self._spread(signals),
         )
         assert signals.metric is not None
         return merged(
@@ -222,7 +267,13 @@ class ConsensusDrop(Method):
         return "max" if self.rows == "max" else "mean"
 
     def scores(self, signals: Signals) -> Scores:
-        """The two saliencies and their consensus, by the parts of the fused op."""
+        """The two saliencies and their consensus, by the parts of the fused op.
+
+        Raises:
+            RuntimeError: the probe is the decoder's own attention, which is not kept.
+        """
+        if self.probe == "in_llm":
+            raise RuntimeError("probe='in_llm' scores tokens inside the decoder, and keeps nothing")
         visual = encoder_saliency(signals)
         probe = self._probe(signals)
         textual = None

@@ -1,0 +1,126 @@
+"""ConsensusDrop's even coverage, and what its probes ask the model for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consensusdrop_kernels.methods import ConsensusDrop, Signals
+from consensusdrop_kernels.methods.coverage import even_priority, farthest_points
+
+from .test_methods import signals
+
+
+def test_farthest_points_by_hand() -> None:
+    """A row of five cells, 0..4; in half cells: centres at 0 2 4 6 8, borders at -1 and 9.
+
+    A cell's mirror image is twice as far as the border above it, 2 half cells, whatever its column:
+    so all begin alike (4 squared half cells) and the lowest index, 0, is first. Cells 1 to 4 are
+    then 4 (its neighbour 0 is as near as its mirror image), 4, 4, 4: 1 is next, and so on.
+
+    Of three by three cells the middle, 4, is 6 from its mirror images and all others 2: first the
+    middle, then by index.
+    """
+    assert farthest_points(1, 5, 5).tolist() == [0, 1, 2, 3, 4]
+    assert farthest_points(3, 3, 9).tolist() == [4, 0, 1, 2, 3, 5, 6, 7, 8]
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+@settings(max_examples=60, deadline=None)
+def test_every_beginning_is_spread(height: int, width: int, data: Any) -> None:
+    """Distinct cells, and none nearer to an earlier one than the one before it was to those."""
+    count = data.draw(st.integers(1, height * width))
+    order = farthest_points(height, width, count)
+    assert len(set(order.tolist())) == count
+    cells = torch.stack([order // width, order % width], 1).double()
+    gaps = [torch.cdist(cells[i : i + 1], cells[:i]).min() for i in range(1, count)]
+    rims = torch.stack(
+        [
+            cells[:, 0] + 0.5,
+            height - 0.5 - cells[:, 0],
+            cells[:, 1] + 0.5,
+            width - 0.5 - cells[:, 1],
+        ]
+    ).amin(0)
+    reach = [min(float(gap), float(2 * rim)) for gap, rim in zip(gaps, rims[1:], strict=True)]
+    assert all(later <= earlier + 1e-9 for earlier, later in zip(reach, reach[1:], strict=False))
+    whole = farthest_points(height, width, height * width)
+    assert torch.equal(whole[:count], order)
+
+
+def test_crops_take_turns_by_their_sizes() -> None:
+    """Of 4 x 4 and 2 x 4 cells, six places: four and two."""
+    here = Signals(x=torch.zeros(1, 24, 2), grid=(4, 4), crops=((4, 4), (2, 4)))
+    first = even_priority(here, 6).topk(6).indices
+    assert (first < 16).sum() == 4
+    assert torch.equal(first[first < 16].sort().values, farthest_points(4, 4, 4).sort().values)
+    ragged = Signals(x=torch.zeros(1, 23, 2), grid=(4, 4))
+    order = even_priority(ragged, 23).argsort(descending=True)
+    assert torch.equal(order, farthest_points(1, 23, 23))
+
+
+@pytest.mark.parametrize("coverage", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_share_of_the_places_is_spread_evenly(coverage: float, parts: bool) -> None:
+    """The consensus chooses the rest; both ways in which an encoder speaks."""
+    given = signals(rows=3, tokens=24)
+    if parts:
+        given = replace(
+            given, visual=torch.rand(3, 24), metric=torch.randn(3, 24, 5), q_vis=None, k_vis=None
+        )
+    method = ConsensusDrop(keep=8, coverage=coverage, fusion="zscore")  # no ties
+    best = method.scores(given).fused.argsort(dim=1, descending=True, stable=True)
+    order = farthest_points(3, 8, 8).tolist()
+    chosen = method.select(given)
+    for row in range(3):
+        spread = round(8 * coverage)
+        kept = best[row, : 8 - spread].tolist()
+        kept += [place for place in order if place not in kept][:spread]
+        assert sorted(kept) == chosen.index[row].tolist()
+    assert torch.equal(chosen.size.sum(1), torch.full((3,), 24.0))
+
+
+@pytest.mark.parametrize(("probe", "ahead"), [("static", False), ("lookahead", True)])
+def test_what_the_probe_is_asked_for(probe: str, ahead: bool) -> None:
+    given, asked = signals(), []
+    answer = given.probe
+
+    def note(**options: Any) -> Any:
+        asked.append(options)
+        return answer(**options)
+
+    ConsensusDrop(keep=4, probe=probe, probe_layer=3).select(replace(given, probe=note))
+    assert asked[0]["lookahead"] is ahead
+    assert asked[0]["layer"] == 3
+
+
+def test_the_decoders_own_probe_drops_inside() -> None:
+    method = ConsensusDrop(keep=4, contextual=2, probe="in_llm", probe_layer=2)
+    assert method.budget(12) == 12
+    assert method.stages(8) == (2,)
+    assert method.stage_budget(0, 12) == 6
+    given = signals()
+    before = replace(method, probe="static").select(given)
+    inside = method.select_stage(0, given)
+    assert torch.equal(before.index, inside.index)
+    assert torch.equal(before.tokens, inside.tokens)
+    with pytest.raises(RuntimeError, match="inside the decoder"):
+        method.scores(given)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"probe": "deep"}, "probe must be one of static, lookahead, in_llm"),
+        ({"probe": "in_llm"}, "probe_layer must be >= 1 with probe='in_llm'"),
+        ({"coverage": 1.5}, "coverage must be a number in 0..1, got 1.5"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ConsensusDrop(**({"keep": 4} | options))
