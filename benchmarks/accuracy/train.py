@@ -352,6 +352,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--save", type=float, default=default.save, help="seconds between checkpoints")
     add("--look", type=int, default=default.look, help="steps between looks at held-out scenes")
     chosen = parser.parse_args(arguments)
+    if (chosen.out / "model.safetensors").exists() and not (chosen.out / "checkpoint.pt").exists():
+        parser.error(f"--out must be a new or an unfinished folder, {chosen.out} holds a model")
     workers = chosen.workers
     if workers is None:
         workers = 1 if chosen.device == "cpu" else max(1, (os.cpu_count() or 1) - 2)

@@ -90,6 +90,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         train.Run(replace(options(tmp_path), seed=8))
 
 
+def test_a_finished_model_is_not_trained_over(whole, capsys):
+    before = (whole / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(whole), "--images", "32", "48"])
+    assert "holds a model" in capsys.readouterr().err
+    assert (whole / "model.safetensors").read_bytes() == before
+
+
 def test_the_rate_warms_up_stays_and_falls():
     layer, rest = torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)
     optimizer = train.Optimizer(layer, rest, 1.0, 1000)
