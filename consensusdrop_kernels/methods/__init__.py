@@ -11,11 +11,15 @@ from .cdpruner import CDPruner
 from .consensusdrop import ConsensusDrop
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
+from .fastv import FastV
 from .full import Full
+from .pyramiddrop import PyramidDrop
 from .random import Random
+from .sparsevlm import SparseVLM
 from .table import Row, methods
 from .tome import ToMe
 from .uniform import Uniform
+from .visiondrop import VisionDrop
 from .visionzip import VisionZip
 
 __all__ = [
@@ -24,17 +28,21 @@ __all__ = [
     "Card",
     "ConsensusDrop",
     "DivPrune",
+    "FastV",
     "FasterVLM",
     "Full",
     "Method",
+    "PyramidDrop",
     "Random",
     "Row",
     "Scores",
     "Selection",
     "Signals",
+    "SparseVLM",
     "TextProbe",
     "ToMe",
     "Uniform",
+    "VisionDrop",
     "VisionZip",
     "Words",
     "methods",
