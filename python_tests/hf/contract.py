@@ -6,13 +6,15 @@ shortened here by plain loops, and decoded by running the whole sequence anew fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from consensusdrop_kernels.hf.adapter import find
+from consensusdrop_kernels.methods.base import Method, Selection, Signals
 
 from .families import Inputs
 
@@ -106,11 +108,39 @@ class Unpatched:
         return masks | {"sliding_attention": wide}
 
     @torch.no_grad()
-    def greedy(self, sequence: Sequence, steps: int) -> tuple[list[int], Tensor]:
+    def staged(self, sequence: Sequence, cuts: Mapping[int, Cut], since: int) -> Tensor:
+        """`[K', D]`, layer by layer, of a sequence that is cut before some of them; its last
+        `since` tokens came after the cuts were made."""
+        hidden, where = sequence.embeds[None], sequence.positions[..., None, :]
+        where = where[1:] if where.dim() == 3 and len(where) == 4 else where
+        cos, sin = self.text.rotary_emb(hidden, where)
+        places = torch.arange(hidden.shape[1])
+        for at, layer in enumerate(self.text.layers):
+            if at in cuts:
+                new = torch.arange(hidden.shape[1] - since, hidden.shape[1])
+                keep = torch.cat([cuts[at].left, new])
+                places, hidden = places[keep], cuts[at].merged(hidden)[:, keep]
+                cos, sin = cos[..., keep, :], sin[..., keep, :]
+            if isinstance(sequence.masks, Tensor):
+                mask = sequence.masks[places][:, places]
+            else:
+                mask = torch.ones(len(places), len(places), dtype=torch.bool).tril()
+            given = {"attention_mask": self.handed(mask), "position_embeddings": (cos, sin)}
+            hidden = layer(hidden, **given)
+            if sequence.deepstack is not None and at < len(sequence.deepstack):
+                assert sequence.visual is not None
+                hidden[0, sequence.visual] += sequence.deepstack[at]
+        return self.text.norm(hidden)[0]
+
+    @torch.no_grad()
+    def greedy(
+        self, sequence: Sequence, steps: int, cuts: Mapping[int, Cut] | None = None
+    ) -> tuple[list[int], Tensor]:
         """Greedy decoding: ids and logits `[steps, V]`."""
         ids, logits = [], []
-        for _ in range(steps):
-            logits.append(self.model.get_output_embeddings()(self.hidden(sequence)[-1]))
+        for step in range(steps):
+            hidden = self.staged(sequence, cuts, step) if cuts else self.hidden(sequence)
+            logits.append(self.model.get_output_embeddings()(hidden[-1]))
             ids.append(int(logits[-1].argmax()))
             sequence = self.append(sequence, ids[-1])
         return ids, torch.stack(logits)
@@ -220,3 +250,140 @@ def pruned(
     return Sequence(
         embeds[places], positions, masks, layers, visual, sizes[places] if weighed else None
     )  # fmt: skip
+
+
+@dataclass
+class Cut:
+    """A stage inside the decoder, of one prompt: what is left of its `K` places, and what becomes
+    of those that take in others: their places, weights and own place."""
+
+    left: Tensor
+    merges: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+
+    def merged(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[1, K, D]` with the weighted means in their places."""
+        out = hidden.clone()
+        for own, members, weights in self.merges:
+            mean = (weights[:, None] * hidden[0, members].double()).sum(0) / weights.sum()
+            out[0, own] = mean.to(out.dtype)
+        return out
+
+
+class Calls(list[tuple[Signals, Selection]]):
+    """What a method was asked and chose, one call after another."""
+
+    def watch(self, method: Method) -> Method:
+        """The same method, its choices noted here; also where it keeps everything."""
+        calls = self
+
+        class Watched(type(method)):  # type: ignore[misc]
+            def select(self, signals: Signals) -> Selection:
+                return calls._noted(signals, super().select(signals))
+
+            def identity(self, signals: Signals) -> Selection:
+                return calls._noted(signals, super().identity(signals))
+
+            def select_stage(self, stage: int, signals: Signals) -> Selection:
+                return calls._noted(signals, super().select_stage(stage, signals))
+
+        given: Any = method
+        options = {f.name: getattr(method, f.name) for f in fields(given) if f.init}
+        return Watched(**options)  # type: ignore[no-any-return]
+
+    def _noted(self, signals: Signals, chosen: Selection) -> Selection:
+        if self and self[-1][0] is signals:  # of a choice that begins with everything
+            self.pop()
+        self.append((signals, chosen))
+        return chosen
+
+
+@dataclass
+class Image:
+    """One image of a prefill: its patches' places in its prompt, and what was chosen of them before
+    the decoder and at each stage: `index [S]` and `assign [N]`, tokens counted in the order of the
+    prompt."""
+
+    row: int
+    columns: Tensor
+    steps: list[tuple[Tensor, Tensor]]
+
+
+def images(pruning: Any, calls: Calls, prompts: list[Sequence]) -> list[Image]:
+    """The images of a prefill of these prompts, in order, with what the method's calls chose of
+    each. A call is for several images at once, which are found there by their tokens."""
+    groups = len(calls) // (1 + len(pruning.stages))
+    assert groups * (1 + len(pruning.stages)) == len(calls)
+    found, taken = [], set()
+    longest = max(len(prompt.embeds) for prompt in prompts)
+    for row, padded in zip(pruning.sample, pruning.columns, strict=True):
+        columns = padded - (longest - len(prompts[row].embeds))
+        own = prompts[row].embeds[columns]
+        far = {
+            (group, member): float((one - own).abs().max())
+            for group in range(groups)
+            for member, one in enumerate(calls[group][0].x)
+            if one.shape == own.shape
+        }
+        group, member = min(far, key=far.__getitem__)
+        assert far[group, member] < 1e-3
+        taken.add((group, member))
+        chosen = [selection for _, selection in calls[group::groups]]
+        steps = [(selection.index[member], selection.assign[member]) for selection in chosen]
+        found.append(Image(row, columns, [(i[i >= 0], a) for i, a in steps]))
+    assert len(taken) == len(found)
+    return found
+
+
+def cut(
+    length: int, places: list[Tensor], sizes: list[Tensor], steps: list[tuple[Tensor, Tensor]]
+) -> Cut:
+    """One stage of a prompt of `length` tokens: `places [n]` and `sizes [n]` of every image's
+    tokens, in order, and what was chosen of them. Both are brought up to date."""
+    left = torch.ones(length, dtype=torch.bool)
+    for place in places:
+        left[place] = False
+    merges, kept = [], []
+    for place, size, (index, assign) in zip(places, sizes, steps, strict=True):
+        count, own, total = len(place), [], []
+        for slot, token in enumerate(index.tolist()):
+            if token >= count:  # an unused place, which stays one
+                continue
+            members = (assign[:count] == slot).nonzero().flatten()
+            assert token in members
+            merges.append((int(place[token]), place[members], size[members]))
+            own.append(int(place[token]))
+            total.append(float(size[members].sum()))
+        order = torch.tensor(own).argsort()
+        kept.append((torch.tensor(own)[order], torch.tensor(total).double()[order]))
+        left[kept[-1][0]] = True
+    moved = left.cumsum(0) - 1
+    places[:] = [moved[place] for place, _ in kept]
+    sizes[:] = [size for _, size in kept]
+    return Cut(left.nonzero().flatten(), merges)
+
+
+def shortened(
+    sequence: Sequence, own: list[Image], stages: tuple[int, ...], placeholders: Tensor,
+    compact: bool, weighed: bool = False,
+) -> tuple[Sequence, dict[int, Cut], list[list[int]]]:  # fmt: skip
+    """What enters the decoder of a prompt with these images, where it is cut, and how many tokens
+    each image has at each step."""
+    chosen = [Choice(one.columns, *one.steps[0]) for one in own]
+    short = pruned(sequence, chosen, placeholders, compact, weighed=weighed)
+    left = ~placeholders
+    for one in chosen:
+        left[one.columns[one.index]] = True
+    moved = left.cumsum(0) - 1
+    places, sizes = [], []
+    for one in chosen:
+        size = torch.stack([(one.assign == slot).sum() for slot in range(len(one.index))])
+        order = one.index.argsort()
+        places.append(moved[one.columns[one.index[order]]])
+        sizes.append(size[order].double())
+    cuts, counts = {}, [[len(place) for place in places]]
+    length = int(left.sum())
+    for number, layer in enumerate(stages, 1):
+        cuts[layer] = cut(length, places, sizes, [one.steps[number] for one in own])
+        length = len(cuts[layer].left)
+        counts.append([len(place) for place in places])
+    return short, cuts, counts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from consensusdrop_kernels.hf import patch
 from consensusdrop_kernels.methods import ConsensusDrop
 from consensusdrop_kernels.methods.base import Method, Selection, Signals, keep_count
 
-from .contract import Sequence, Unpatched, choices, pruned
+from .contract import Calls, Unpatched, images, shortened
 from .families import FAMILIES, Family
 from .models import batch, pixels, prompt, random_llava
 from .test_contract import GREEDY, STEPS, placeholders
@@ -81,48 +80,6 @@ def chosen(signals: Signals, index: Tensor) -> Selection:
     return Selection(signals.x.gather(1, here), index, assign[:, :tokens], size, padded)
 
 
-def staged_hidden(
-    plain: Unpatched, sequence: Sequence, drops: list[tuple[int, Tensor]], extra: int
-) -> Tensor:
-    """The last hidden state of a sequence of which places are dropped before layers; `drops` names
-    layers and the places of the sequence without `extra` new tokens that are left."""
-    text = plain.text
-    hidden, where = sequence.embeds[None], sequence.positions[..., None, :]
-    if where.dim() == 3 and len(where) == 4:
-        where = where[1:]
-    cos, sin = text.rotary_emb(hidden, where)
-    places = torch.arange(hidden.shape[1])
-    visual = sequence.visual
-    left = dict(drops)
-    for at, layer in enumerate(text.layers):
-        if at in left:
-            new = torch.arange(hidden.shape[1] - extra, hidden.shape[1])
-            keep = torch.cat([torch.isin(places[: len(places) - extra], left[at]).nonzero()[:, 0],
-                              new])  # fmt: skip
-            places, hidden = places[keep], hidden[:, keep]
-            cos, sin = cos[..., keep, :], sin[..., keep, :]
-        count = hidden.shape[1]
-        mask = torch.ones(count, count, dtype=torch.bool).tril()
-        if isinstance(sequence.masks, Tensor):
-            mask = sequence.masks[places][:, places]
-        hidden = layer(hidden, attention_mask=mask[None, None], position_embeddings=(cos, sin))
-        if sequence.deepstack is not None and at < len(sequence.deepstack):
-            assert visual is not None
-            hidden[0, visual] += sequence.deepstack[at]
-    return text.norm(hidden)[0, -1]
-
-
-@torch.no_grad()
-def wanted(plain: Unpatched, sequence: Sequence, drops: Any) -> tuple[list[int], Tensor]:
-    ids, logits = [], []
-    for step in range(STEPS):
-        hidden = staged_hidden(plain, sequence, drops, step)
-        logits.append(plain.model.get_output_embeddings()(hidden))
-        ids.append(int(logits[-1].argmax()))
-        sequence = plain.append(sequence, ids[-1])
-    return ids, torch.stack(logits)
-
-
 def full_attention(family: Family) -> bool:
     """Whether the decoder can have stages."""
     text = Unpatched(family.model()).text
@@ -144,52 +101,28 @@ def test_stages_are_a_loop_over_the_layers(family: Family, keep: float) -> None:
     layers = len(plain.text.layers)
     if least + 1 >= layers:
         pytest.skip("too few layers for two stages")
-    method = Staged(keep=keep, at=(least, least + 1), shares=(0.6, 0.3))
+    calls = Calls()
+    method = calls.watch(Staged(keep=keep, at=(least, least + 1), shares=(0.6, 0.3)))
     samples = family.samples()
     joined = family.join(samples)
     length = joined["input_ids"].shape[1]
     with patch(model, method) as handle:
         out = model.generate(**joined, **GREEDY)
-        taken, last = list(method.taken), handle.last
-        assert len(last.stages) == 2
-    logits = torch.stack(out.logits, 1)
-    groups = _groups(last)
-    for row, sample in enumerate(samples):
-        sequence = plain.inputs(sample)
-        shift = length - sample["input_ids"].shape[1]
-        here = placeholders(family, sample["input_ids"][0])
-        first = choices(last, row, shift)
-        drops, text = [], (~here).nonzero().flatten()
-        current = {i: c.columns[c.index] for i, c in zip(_images(last, row), first, strict=True)}
-        start = pruned(sequence, first, here, not family.spatial, merged=False)
-        order = (~here).clone()
-        for one in first:
-            order[one.columns[one.index]] = True
-        place = order.cumsum(0) - 1
-        for stage in range(2):
-            for number, members in enumerate(groups):
-                index = taken[stage * len(groups) + number][1]
-                for at, image in enumerate(members):
-                    if image in current:
-                        mine = index[at][index[at] >= 0]
-                        current[image] = current[image][mine]
-            columns = torch.cat([text, *current.values()])
-            drops.append((method.at[stage], place[columns]))
-        ids, want = wanted(plain, start, drops)
-        torch.testing.assert_close(logits[row], want, atol=2e-4, rtol=1e-4)
+    assert len(handle.last.stages) == 2
+    sequences = [plain.inputs(sample) for sample in samples]
+    found = images(handle.last, calls, sequences)
+    for row, sequence in enumerate(sequences):
+        here = placeholders(family, samples[row]["input_ids"][0])
+        own = [one for one in found if one.row == row]
+        short, cuts, counts = shortened(
+            sequence, own, (least, least + 1), here, not family.spatial
+        )  # fmt: skip
+        assert sorted(cuts) == [least, least + 1]
+        assert sum(counts[2]) < sum(counts[1]) < sum(counts[0])
+        ids, want = plain.greedy(short, STEPS, cuts)
+        got = torch.stack(out.logits, 1)[row]
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
         assert out.sequences[row, length:].tolist() == ids
-
-
-def _images(last: Any, row: int) -> list[int]:
-    return [i for i, sample in enumerate(last.sample) if sample == row]
-
-
-def _groups(last: Any) -> list[list[int]]:
-    """The images that a method is asked about at once: those of one size and grid, in order."""
-    found: dict[Any, list[int]] = {}
-    for i, grid in enumerate(last.grids):
-        found.setdefault((len(last.columns[i]), grid), []).append(i)
-    return list(found.values())
 
 
 WORDS = batch(prompt(2, 4, seed=1), prompt(5, 7, seed=2))
