@@ -39,6 +39,7 @@ from .inputs import (
     token_count,
 )
 from .layout import Group, Layout, Shortened, locate, shorten
+from .lookahead import Lookahead, Masked, check_lookahead
 from .prefill import shortened_inputs, wants_cache
 from .probe import StaticProbe, check_probe_layer
 from .report import Pruning, Stats
@@ -133,6 +134,14 @@ class Hooks:
                 check_probe_layer(self._text, layer)
         if method.probed_layer is not None:
             check_probe_layer(self._text, method.probed_layer)
+        ahead = method.probed_layer or 0 if self._looks_ahead else 0
+        if ahead:
+            check_lookahead(self._text, ahead)
+        self._masked = Masked(layers[:ahead])
+
+    @property
+    def _looks_ahead(self) -> bool:
+        return self.method.probe == "lookahead"
 
     def _make_taps(self) -> list[Tap | None]:
         """One tap for each attention module; sources may share one."""
@@ -162,6 +171,7 @@ class Hooks:
                 tap.install()
         if self.method.size_attention:
             self._unflashed.install()
+        self._masked.install()
         for at, source in enumerate(self._adapter.sources):
             self._replace(self._outer, source.features, functools.partial(_Features, at))
         self._replace(self._model, _STEP, _Steps)
@@ -194,6 +204,7 @@ class Hooks:
                 setattr(module, name, own)
             elif name in vars(module):
                 delattr(module, name)
+        self._masked.remove()
         self._unflashed.remove()
         for tap in dict.fromkeys(self._taps):
             if tap is not None:
@@ -354,7 +365,9 @@ class Hooks:
         positions = full_positions(
             kwargs.get("position_ids"), embeds, self._adapter.spatial_positions
         )
-        signals, chosen, whole = self._choose(layout, embeds, positions, prefill.encoded)
+        signals, chosen, whole = self._choose(
+            layout, embeds, positions, prefill.encoded, kwargs.get("attention_mask")
+        )
         if all(whole) and not self._stages:
             cached = wants_cache(kwargs, self._text)
             self._report(chosen, signals, layout, None, embeds, cached)
@@ -519,10 +532,15 @@ class Hooks:
         return _prompt_alone(layout, prefill.wanted)
 
     def _choose(
-        self, layout: Layout, embeds: Tensor, positions: Tensor, found: list[Encoded | None]
-    ) -> tuple[list[Signals], list[Selection], list[bool]]:
-        """For each group: what the model says, what the method keeps, and whether that is all."""
-        signals = [self._signals(embeds, positions, group, found) for group in layout.groups]
+        self, layout: Layout, embeds: Tensor, positions: Tensor, found: list[Encoded | None],
+        masks: Any,
+    ) -> tuple[list[Signals], list[Selection], list[bool]]:  # fmt: skip
+        """For each group: what the model says, what the method keeps, and whether that is all;
+        `masks` are those of the whole prompt, as the decoder takes them."""
+        ahead = None
+        if self._looks_ahead:
+            ahead = Lookahead(self._text, embeds, positions, layout, masks)
+        signals = [self._signals(embeds, positions, group, found, ahead) for group in layout.groups]
         budgets = [self.method.budget(group.tokens) for group in layout.groups]
         whole = [b == g.tokens for b, g in zip(budgets, layout.groups, strict=True)]
         chosen = [
@@ -532,8 +550,9 @@ class Hooks:
         return signals, chosen, whole
 
     def _signals(
-        self, embeds: Tensor, positions: Tensor, group: Group, found: list[Encoded | None]
-    ) -> Signals:
+        self, embeds: Tensor, positions: Tensor, group: Group, found: list[Encoded | None],
+        ahead: Lookahead | None,
+    ) -> Signals:  # fmt: skip
         encoded = found[group.places[0].source]
         assert encoded is not None
         device = embeds.device
@@ -551,7 +570,7 @@ class Hooks:
         visual, metric = pick(encoded.visual), pick(encoded.metric)
         probe = words = None
         if "text" in self.method.needs:
-            probe = StaticProbe(self._text, embeds, positions, group, self._special)
+            probe = StaticProbe(self._text, embeds, positions, group, self._special, ahead)
         if "words" in self.method.needs:
             words = functools.partial(
                 question_words, group=group, special=self._special, embeds=embeds.detach()

@@ -79,6 +79,7 @@ class Native(Hooks):
         for tap in dict.fromkeys(self._taps):
             if tap is not None:
                 tap.install()
+        self._masked.install()
         for at, source in enumerate(self._adapter.sources):
             self._replace(self._outer, source.features, functools.partial(_Features, at))
         self._replace(self._model, "generate", _Generate)
@@ -139,7 +140,8 @@ class Native(Hooks):
         positions = full_positions(
             positions.to(embeds.device), embeds, self._adapter.spatial_positions
         )
-        signals, chosen, whole = self._choose(layout, embeds, positions, prefill.encoded)
+        masks = self._whole_masks(given, embeds, mask, positions) if self._looks_ahead else None
+        signals, chosen, whole = self._choose(layout, embeds, positions, prefill.encoded, masks)
         use_cache = self._option(given, "use_cache") is not False
         told = given.get("position_ids") is not None or not self._compact
         given.pop("inputs", None)
@@ -277,6 +279,19 @@ class Native(Hooks):
                 here = mask.to(embeds.device)[:, :, None].expand_as(embeds)
                 embeds = embeds.masked_scatter(here, features)
         return layout, embeds
+
+    def _whole_masks(
+        self, given: dict[str, Any], embeds: Tensor, mask: Tensor, positions: Tensor
+    ) -> Any:
+        """The masks that the model would make for the whole prompt, where they say more than what
+        is padding."""
+        if not self._adapter.whole_masks:
+            return None
+        kinds = {name: given[name] for name in _TYPE_IDS if given.get(name) is not None}
+        return self._model.create_masks_for_generate(
+            config=self._model.config, inputs_embeds=embeds, attention_mask=mask,
+            past_key_values=None, position_ids=positions, is_first_iteration=True, **kinds,
+        )  # fmt: skip
 
     # What `generate` gets.
 

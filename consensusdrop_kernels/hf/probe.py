@@ -1,4 +1,7 @@
-"""The static question probe: one LLM layer's queries and keys on the plain input embeddings."""
+"""The question probe before the LLM: one layer's queries and keys on embeddings.
+
+Static on the plain input embeddings, or on those whose text ran ahead through the layers before.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,9 @@ def check_probe_layer(text: nn.Module, layer: int) -> None:
 class StaticProbe:
     """Computes the question's rows of a prefill, once per set of options.
 
-    Only calls modules (norm, projections, rotary embedding) and never reads weights, so quantised,
-    adapted and offloaded layers work.
+    Calls modules (norm, projections, rotary embedding), so quantised, adapted and offloaded layers
+    work; only where the keys' projection is a plain one, and it pays, its weight is read, to fold
+    the queries through it.
 
     Args:
         text: the decoder stack.
@@ -44,31 +48,42 @@ class StaticProbe:
         positions: `[B, L]`, of the full prompt, or `[3, B, L]`, `[4, B, L]`.
         group: where the images are.
         special: ids that are no question, or None.
+        ahead: the embeddings `[B, L, D]` whose text ran through so many layers; None if the method
+            does not look ahead.
     """
 
     def __init__(
         self, text: nn.Module, embeds: Tensor, positions: Tensor, group: Group,
-        special: Tensor | None,
+        special: Tensor | None, ahead: Callable[[int], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self._text: Any = text
         self._embeds = embeds.detach()
         self._positions = positions
         self._group = group
         self._special = special
+        self._ahead = ahead
         self._done: dict[Any, TextProbe] = {}
 
     def __call__(
         self, *, layer: int, rotary: bool, context: str, query: str | QueryRule,
         lookahead: bool = False,
     ) -> TextProbe:  # fmt: skip
-        key = (layer, rotary, context, query)
+        if lookahead and self._ahead is None:
+            raise ValueError(
+                "lookahead must be False for a method whose `probe` is not 'lookahead', got True"
+            )
+        key = (layer, rotary, context, query, lookahead)
         if key not in self._done:
             with torch.no_grad():
                 self._done[key] = self._compute(*key)
         return self._done[key]
 
-    def _compute(self, layer: int, rotary: bool, context: str, query: str | QueryRule) -> TextProbe:
+    def _compute(
+        self, layer: int, rotary: bool, context: str, query: str | QueryRule, lookahead: bool
+    ) -> TextProbe:
         place, embeds = self._group, self._embeds
+        if lookahead and self._ahead is not None:
+            embeds = self._ahead(layer)
         prompt = place.layout
         mask = question_mask(query, prompt.ids, prompt.visual, prompt.asking, self._special)
         here = torch.zeros(len(mask), dtype=torch.bool)
@@ -90,12 +105,18 @@ class StaticProbe:
             lse = row_lse(q, k_all, index, seen.to(embeds.device), project.scale)
             lse = lse[place.sample]
             k = _take_keys(k_all, place)
+        elif not rotary and project.folds(q):
+            q, k = project.folded(q, place.take(embeds))
         else:
             k = project.keys(place.take(embeds), place.columns, place.sample)
         asked = tuple(weight.any(1).tolist())
         weight = weight.to(embeds.device).float()
         return TextProbe(q[place.sample], k, project.scale, lse, weight, asked)
 
+
+#: By how much the keys' projection must be wider than all query rows of all heads together for
+#: folding to pay: as many times fewer operations, on the CPU (see docs/probes.md).
+FOLD = 3
 
 #: cos and sin of the rows at `index` of their samples: `(x, index, sample) -> (cos, sin)`.
 Angles = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
@@ -141,15 +162,50 @@ class Projection:
         """`[R, Hk, n, d]` of `x [R, n, D]`, standing at `index [R, n]` of its sample."""
         return self._project("k", x, index, sample)
 
+    def keys_and_values(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Each `[B, Hk, n, d]`, of the rows `x [B, n, D]` that stand at `index [B, n]`."""
+        normed = self._norm(x)
+        keys = self._rotated(self._heads("k", normed), x, index, None)
+        return keys, self._heads("v", normed)
+
+    def folds(self, q: Tensor) -> bool:
+        """Whether `folded` gives what `keys` does, and sooner, for queries `[B, H, M, d]`.
+
+        The projection must be a plain one, with nothing else about it; `FOLD` is measured.
+        """
+        linear, heads, rows = self._attention.k_proj, q.shape[1], q.shape[2]
+        if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+            return False
+        own = "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks
+        alike = linear.weight.dtype == q.dtype and linear.weight.device == q.device
+        if own or not alike or getattr(self._attention, "k_norm", None) is not None:
+            return False
+        return q.device.type == "cpu" and FOLD * heads * rows <= linear.out_features
+
+    def folded(self, q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries `[B, H, M, D]` and one key head `[R, 1, n, D]` for `x [R, n, D]`, whose products
+        are those of `q [B, H, M, d]` with the keys, up to the same bias for every key of a row."""
+        batch, heads, rows, width = q.shape
+        weight = self._attention.k_proj.weight.unflatten(0, (-1, width))  # [Hk, d, D]
+        grouped = q.reshape(batch, len(weight), -1, width)
+        keys = self._norm(x).to(q.dtype)
+        return (grouped @ weight).view(batch, heads, rows, -1), keys[:, None]
+
     def _project(self, side: str, x: Tensor, index: Tensor | None, sample: Tensor | None) -> Tensor:
-        attention = self._attention
-        flat = getattr(attention, f"{side}_proj")(self._norm(x))
-        heads = flat.view(*x.shape[:2], -1, attention.head_dim)
-        norm = getattr(attention, f"{side}_norm", None)
-        heads = (heads if norm is None else norm(heads)).transpose(1, 2)
+        return self._rotated(self._heads(side, self._norm(x)), x, index, sample)
+
+    def _heads(self, side: str, normed: Tensor) -> Tensor:
+        flat = getattr(self._attention, f"{side}_proj")(normed)
+        heads = flat.view(*normed.shape[:2], -1, self._attention.head_dim)
+        norm = getattr(self._attention, f"{side}_norm", None)
+        return (heads if norm is None else norm(heads)).transpose(1, 2)
+
+    def _rotated(
+        self, heads: Tensor, x: Tensor, index: Tensor | None, sample: Tensor | None
+    ) -> Tensor:
         if self._angles is None:
             return heads
-        cos, sin = self._angles(x, index, sample)
+        cos, sin = (part.to(heads.device) for part in self._angles(x, index, sample))
         # The model's own function: families pair the channels in different ways.
         rotate: Callable[..., Any] = sys.modules[
             type(self._attention).__module__

@@ -32,7 +32,8 @@ class TextProbe(NamedTuple):
 
     Attributes:
         q: `[R, H, M, d]`.
-        k: `[R, Hk, N, d]`, the keys of the same `N` visual tokens.
+        k: `[R, Hk, N, d]`, the keys of the same `N` visual tokens; or `[R, 1, N, D]`, those tokens
+            before the key projection, if that was folded into `q`, then `[R, H, M, D]`.
         scale: what the layer multiplies `q k` by.
         lse: `[R, H, M]` float32 over every key a row sees, or None: over the `N` keys alone.
         weight: `[R, M]` float32, 0 on padding rows.
@@ -51,7 +52,11 @@ class TextProbe(NamedTuple):
 
 
 class ProbeFn(Protocol):
-    """Computes a `TextProbe`; `layer` counts from 0, see `ConsensusDrop` for the options."""
+    """Computes a `TextProbe`; `layer` counts from 0, see `ConsensusDrop` for the options.
+
+    With `lookahead` the text runs through the layers before `layer` first, without the pictures:
+    for methods that say so by `probe = "lookahead"`.
+    """
 
     def __call__(
         self, *, layer: int, rotary: bool, context: str, query: str | QueryRule,
@@ -209,7 +214,8 @@ class Method(ABC):
     - `budget_scope`: whether crops of an image compete with each other ("image") or have budgets of
       their own ("crop");
     - `blend`: how what belongs to the tokens is merged along, see `token_merge`;
-    - `size_attention`: whether the LLM attends to a merged token as to those it stands for.
+    - `size_attention`: whether the LLM attends to a merged token as to those it stands for;
+    - `probe`: "lookahead" for a method that asks its probe with `lookahead=True`.
 
     A method of this package also has a `card`.
     """
@@ -221,6 +227,7 @@ class Method(ABC):
     query: str | QueryRule = "after_image"
     blend: float = 1.0
     size_attention: bool = False
+    probe: str = "static"
 
     @property
     def needs(self) -> frozenset[str]:
