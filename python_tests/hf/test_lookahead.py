@@ -33,7 +33,6 @@ from .families.llava import sample as llava_sample
 from .models import IMAGE, PAD, SIDE, TOKENS, VOCAB, batch, pixels, prompt, random_llava
 from .test_contract import GREEDY, attend_by, placeholders
 from .test_native import needs_native, run
-from .test_stages import _groups
 
 Ask = tuple[int, str]  # a layer, and a context
 
@@ -83,6 +82,14 @@ def heard(probe: TextProbe) -> Tensor:
     )
 
 
+def groups(last: Any) -> list[list[int]]:
+    """The images that a method is asked about at once: those of one size and grid, in order."""
+    found: dict[Any, list[int]] = {}
+    for image, grid in enumerate(last.grids):
+        found.setdefault((len(last.columns[image]), grid), []).append(image)
+    return list(found.values())
+
+
 def queries(probe: TextProbe, image: int = 0) -> Tensor:
     """`[H, M', d]`, without the padding."""
     return probe.q[image][:, probe.weight[image] > 0]
@@ -128,10 +135,10 @@ def check_against_whole_layers(
         last = handle.last
     images = {
         image: (number, at)
-        for number, members in enumerate(_groups(last))
+        for number, members in enumerate(groups(last))
         for at, image in enumerate(members)
     }
-    assert len(method.seen) == len(_groups(last))
+    assert len(method.seen) == len(groups(last))
     for row, one in enumerate(samples):
         visual = placeholders(family, one["input_ids"][0])
         asking = slice(int(visual.nonzero()[-1]) + 1, None)
@@ -269,7 +276,7 @@ TEXT = 1 + 5 + 7 + 3  # of the longer prompt
 
 
 @torch.no_grad()
-def test_only_text_passes_a_layer_and_once_for_all_groups() -> None:
+def test_only_text_passes_a_layer_and_once_for_allgroups() -> None:
     family = FAMILIES["llava_onevision-images"]  # images of several sizes
     model, rows, calls = family.model(), [], []
     joined = family.join(family.samples())
@@ -280,7 +287,7 @@ def test_only_text_passes_a_layer_and_once_for_all_groups() -> None:
     method = Peek(keep=0.4, asks=((2, "visual"), (2, "all"), (1, "visual")))
     with patch(model, method) as handle:
         model.generate(**joined, max_new_tokens=1, do_sample=False)
-        assert len(_groups(handle.last)) > 1
+        assert len(groups(handle.last)) > 1
     here = placeholders(family, joined["input_ids"])
     text = int((joined["attention_mask"].bool() & ~here).sum(1).max())
     before, prefill = rows[: -len(layers)], rows[-len(layers) :]
