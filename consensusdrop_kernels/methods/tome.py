@@ -99,7 +99,7 @@ def _round(metric: Tensor, own: Tensor, assign: Tensor, keep: int) -> tuple[Tens
     number = torch.arange(width, device=own.device).expand_as(own)
     used = own >= 0
     partners = number[:, 1::2].masked_fill(~used[:, 1::2], -1)
-    near = torch.ops.cdrop.token_merge(metric, metric, partners, valid=used)[1]
+    near = torch.ops.cdrop.token_merge(metric, metric, partners)[1]
     partner = (2 * near + 1).clamp_min(0)
     there = metric.gather(1, partner[:, :, None].expand_as(metric))
     cosine = torch.cosine_similarity(metric, there, dim=2).masked_fill(near < 0, -2.0)

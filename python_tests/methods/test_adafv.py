@@ -146,6 +146,10 @@ def test_no_question_goes_by_the_encoder() -> None:
 
 
 def test_scores_rank_as_chosen() -> None:
+    """In the worked example of five, lists 2 0 1 3 4 5 and 5 4 3 2 0 1, all but 3 are kept."""
+    fused = AdaFV(keep=5).scores(scene([0.0, 0.0, 0.1, 0.2, 0.3, 0.4])).fused
+    want = [1 + 1 / 2, 1 + 1 / 3, 1 + 1, 1 / 3, 1 + 1 / 2, 1 + 1]
+    assert fused[0].tolist() == pytest.approx(want)
     signals = draw(3)
     valid = torch.ones(3, 24, dtype=torch.bool)
     valid[1, 9:] = False

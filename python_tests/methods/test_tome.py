@@ -63,11 +63,26 @@ def test_tome_is_bipartite_soft_matching(keep: int) -> None:
 
 
 def test_tome_drops_what_is_like_nothing() -> None:
-    """A token whose key is NaN has no partner: once it must go, it is dropped for good."""
-    signals = by_scores(draw(1, 4))
-    signals.metric[0, 2] = math.nan
+    """A token whose key is NaN has no partner: it is the last to go, and then dropped for good."""
+    metric = at_angles(0, 5, 50, 90)
+    metric[0, 2] = math.nan
+    signals = Signals(column(1, 3, 4, 8), (2, 2), visual=torch.zeros(1, 4), metric=metric)
+    chosen = ToMe(keep=3).select(signals)
+    assert chosen.assign.tolist() == [[0, 0, 1, 2]]
+    assert chosen.tokens.flatten().tolist() == [2.0, 4.0, 8.0]
     chosen = ToMe(keep=2).select(signals)
-    assert chosen.index.tolist() == [[1, 3]]
-    assert chosen.assign[0, 2] == -1
-    assert chosen.size.sum() == 3
-    assert chosen.tokens.isfinite().all()
+    assert chosen.assign.tolist() == [[0, 0, -1, 1]]
+    assert chosen.tokens.flatten().tolist() == [2.0, 8.0]
+
+
+def test_tome_merges_opposites_before_padding() -> None:
+    """Two tokens at 0 and 180 degrees, two of padding, one place: the two become one."""
+    valid = torch.tensor([[True, False, True, False]])
+    metric = at_angles(0, 90, 180, 90)
+    signals = Signals(
+        column(1, 9, 3, 9), (2, 2), valid=valid, visual=torch.zeros(1, 4), metric=metric
+    )
+    chosen = ToMe(keep=1).select(signals)
+    assert chosen.index.tolist() == [[2]]
+    assert chosen.assign.tolist() == [[0, -1, 0, -1]]
+    assert chosen.tokens.flatten().tolist() == [2.0]

@@ -17,13 +17,16 @@ from .cases import draw
 
 
 def test_uniform_by_hand() -> None:
-    """Four of 4x4: rows and columns 1 and 3. Of two crops of 2x2, two each, side by side. Of 5
-    tokens that are no grid, the middle ones of 5 / 2: 1 and 3."""
+    """Four of 4x4: rows and columns 1 and 3. Of two crops of 2x2, two each, side by side. Two for
+    five crops of one token: .4 .8 1.2 1.6 2 come to 0 1 1 2 2. Of 5 tokens that are no grid, the
+    middle ones of 5 / 2: 1 and 3."""
     one = Uniform(keep=4).select(Signals(x=torch.arange(32.0).view(2, 16, 1), grid=(4, 4)))
     assert one.index.tolist() == [[5, 7, 13, 15]] * 2
     assert one.tokens[1].flatten().tolist() == [21.0, 23.0, 29.0, 31.0]
     crops = Signals(x=torch.zeros(1, 8, 1), grid=(4, 2), crops=((2, 2), (2, 2)))
     assert Uniform(keep=4).select(crops).index.tolist() == [[2, 3, 6, 7]]
+    frames = Signals(x=torch.zeros(1, 5, 1), grid=(5, 1), crops=((1, 1),) * 5)
+    assert Uniform(keep=2).select(frames).index.tolist() == [[1, 3]]
     line = Signals(x=torch.zeros(1, 5, 1), grid=(2, 4))
     assert Uniform(keep=2).select(line).index.tolist() == [[1, 3]]
 
