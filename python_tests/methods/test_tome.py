@@ -76,13 +76,13 @@ def test_tome_drops_what_is_like_nothing() -> None:
 
 
 def test_tome_merges_opposites_before_padding() -> None:
-    """Two tokens at 0 and 180 degrees, two of padding, one place: the two become one."""
-    valid = torch.tensor([[True, False, True, False]])
-    metric = at_angles(0, 90, 180, 90)
+    """Four tokens at 0, 180, 10, 200 degrees and two of padding, three places: of two pairs that
+    point away from each other the one 160 degrees apart is merged."""
     signals = Signals(
-        column(1, 9, 3, 9), (2, 2), valid=valid, visual=torch.zeros(1, 4), metric=metric
-    )
-    chosen = ToMe(keep=1).select(signals)
-    assert chosen.index.tolist() == [[2]]
-    assert chosen.assign.tolist() == [[0, -1, 0, -1]]
-    assert chosen.tokens.flatten().tolist() == [2.0]
+        x=column(1, 2, 4, 5, 9, 9), grid=(2, 3), visual=torch.zeros(1, 6),
+        metric=at_angles(0, 180, 10, 200, 0, 0), valid=torch.arange(6)[None] < 4,
+    )  # fmt: skip
+    chosen = ToMe(keep=3).select(signals)
+    assert chosen.index.tolist() == [[1, 2, 3]]
+    assert chosen.assign.tolist() == [[2, 0, 1, 2, -1, -1]]
+    assert chosen.tokens.flatten().tolist() == [2.0, 4.0, 3.0]
