@@ -165,7 +165,7 @@ class Projection:
     def keys_and_values(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Each `[B, Hk, n, d]`, of the rows `x [B, n, D]` that stand at `index [B, n]`."""
         normed = self._norm(x)
-        keys = self._rotated(self._heads("k", normed), x, index, None)
+        keys = self.rotated(self._heads("k", normed), x, index, None)
         return keys, self._heads("v", normed)
 
     def folds(self, q: Tensor) -> bool:
@@ -192,7 +192,7 @@ class Projection:
         return (grouped @ weight).view(batch, heads, rows, -1), keys[:, None]
 
     def _project(self, side: str, x: Tensor, index: Tensor | None, sample: Tensor | None) -> Tensor:
-        return self._rotated(self._heads(side, self._norm(x)), x, index, sample)
+        return self.rotated(self._heads(side, self._norm(x)), x, index, sample)
 
     def _heads(self, side: str, normed: Tensor) -> Tensor:
         flat = getattr(self._attention, f"{side}_proj")(normed)
@@ -200,9 +200,10 @@ class Projection:
         norm = getattr(self._attention, f"{side}_norm", None)
         return (heads if norm is None else norm(heads)).transpose(1, 2)
 
-    def _rotated(
+    def rotated(
         self, heads: Tensor, x: Tensor, index: Tensor | None, sample: Tensor | None
     ) -> Tensor:
+        """`heads [B, H, n, d]` of the rows `x [B, n, D]`, turned by the angles of their places."""
         if self._angles is None:
             return heads
         cos, sin = (part.to(heads.device) for part in self._angles(x, index, sample))

@@ -133,11 +133,14 @@ class Progress:
 
 
 class StageProbe:
-    """Queries and keys of the layer that is about to run, on the hidden states it will get."""
+    """Queries and keys of the layer that is about to run, on the hidden states it will get.
+
+    `keys` is filled with those of all tokens, for the probes of all groups of a stage.
+    """
 
     def __init__(
         self, text: Any, layer: int, hidden: Tensor, given: dict[str, Any], progress: Progress,
-        group: int, special: Tensor | None,
+        group: int, special: Tensor | None, keys: dict[bool, Tensor],
     ) -> None:  # fmt: skip
         self._hidden = hidden.detach()
         self._progress = progress
@@ -148,6 +151,8 @@ class StageProbe:
         whole = isinstance(mask, Tensor) and mask.dim() == 4
         self._mask: Tensor | None = mask if whole else None
         self._causal = progress.causal or not whole
+        self._keys = keys  # with rotation and without
+        self._queries: dict[Any, Tensor] = {}  # without, of each query rule
 
     def words(self, query: str | QueryRule) -> Words:
         """The hidden states of the question."""
@@ -165,13 +170,13 @@ class StageProbe:
         group = progress.layout.groups[self._number]
         columns = progress.slots[self._number] % progress.width
         project = Projection(self._text, self._layer, self._rows if rotary else None)
-        k_all = project.keys(hidden, None)
+        k_all = self._all_keys(project, rotary)
         index = columns[:, None, :, None].expand(-1, k_all.shape[1], -1, k_all.shape[3])
         k = k_all[group.sample].gather(2, index)
 
         if query == "visual":
-            x = hidden[group.sample].gather(1, columns[..., None].expand(-1, -1, hidden.shape[2]))
-            q = project.queries(x, columns, group.sample)
+            x = _take(hidden[group.sample], columns)
+            q = self._rotated(project, query, x, columns, group.sample)
             weight = (progress.slots[self._number] < hidden.shape[0] * progress.width).float()
             asked = (True,) * len(columns)
             where, keys = columns, k_all[group.sample]
@@ -179,7 +184,7 @@ class StageProbe:
         else:
             index, kept = self._question(query, context)
             where = progress.moved.gather(1, upload(index, hidden.device))
-            q = project.queries(_take(hidden, where), where)
+            q = self._rotated(project, query, _take(hidden, where), where, None)
             asked = tuple(kept.any(1).tolist())
             weight = upload(kept, hidden.device).float()
             keys, live = k_all, progress.live
@@ -194,6 +199,22 @@ class StageProbe:
         if query != "visual":
             q, lse = q[group.sample], None if lse is None else lse[group.sample]
         return TextProbe(q, k, project.scale, lse, weight, asked, self._causal)
+
+    def _all_keys(self, project: Projection, rotary: bool) -> Tensor:
+        if False not in self._keys:
+            self._keys[False] = Projection(self._text, self._layer, None).keys(self._hidden, None)
+        if rotary not in self._keys:
+            self._keys[rotary] = project.rotated(self._keys[False], self._hidden, None, None)
+        return self._keys[rotary]
+
+    def _rotated(
+        self, project: Projection, query: str | QueryRule, x: Tensor, where: Tensor,
+        sample: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        if query not in self._queries:
+            plain = Projection(self._text, self._layer, None)
+            self._queries[query] = plain.queries(x, where, sample)
+        return project.rotated(self._queries[query], x, where, sample)
 
     def _seen(self, where: Tensor, sample: Tensor | None) -> Tensor:
         """Which places the rows at `where [R, M]` of their samples see, `[R, M, K]` bool."""
@@ -246,12 +267,13 @@ def advance(
         flat[slots.flatten()] = False
     stay = flat[:-1].view(batch, length)
     lengths = list(progress.lengths)
+    keys: dict[bool, Tensor] = {}
     for number, group in enumerate(progress.layout.groups):
         slots = progress.slots[number]
         count = slots.shape[1]
         padded = progress.padded[number]
         budget = min(method.stage_budget(progress.done, group.tokens), count)
-        probe = StageProbe(text, layer, hidden, kwargs, progress, number, special)
+        probe = StageProbe(text, layer, hidden, kwargs, progress, number, special, keys)
         known = progress.encoder[number] or Signals(hidden, (1, count))
         signals = replace(
             known,
