@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from consensusdrop_kernels.hf import patch
-from consensusdrop_kernels.methods import Method, methods
+from consensusdrop_kernels.methods import AdaFV, ConsensusDrop, Method, methods
 
 from .contract import Calls, Image, Sequence, Unpatched, images, shortened
 from .families import FAMILIES, Family, Inputs
@@ -22,7 +22,15 @@ GREEDY: dict[str, Any] = {
     "max_new_tokens": STEPS, "do_sample": False, "output_logits": True,
     "return_dict_in_generate": True,
 }  # fmt: skip
-METHODS = {row.method.__name__: row.method for row in methods()}
+#: Every method as it comes, and options that change what is asked of a model.
+METHODS: dict[str, tuple[type[Method], dict[str, Any]]] = {
+    row.method.__name__: (row.method, {}) for row in methods()
+} | {
+    "ahead": (ConsensusDrop, {"probe": "lookahead", "probe_layer": 1, "coverage": 0.5}),
+    "in_llm": (ConsensusDrop, {"probe": "in_llm", "rotary": False}),
+    "folded": (ConsensusDrop, {"rotary": False, "rows": "last", "contextual": 1}),
+    "sizes": (AdaFV, {"merge": True, "size_attention": True, "query": "all_text"}),
+}
 
 
 @functools.cache
@@ -45,10 +53,13 @@ def first_stage(name: str) -> int:
     return max(1, len(getattr(vision, "deepstack_visual_indexes", None) or ()))
 
 
-def made(kind: type[Method], name: str) -> Method:
+def made(method: str, name: str) -> Method:
     """A method that prunes each image of the prompts, its stages as many as a small decoder has."""
     layers, first = len(Unpatched(model(name)).text.layers), first_stage(name)
-    options: dict[str, Any] = {}
+    kind, given = METHODS[method]
+    options = dict(given)
+    if options.get("probe") == "in_llm":
+        options["probe_layer"] = first
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     keep = FAMILIES[name].keep
     if "stages_at" in known:
@@ -99,10 +110,14 @@ def whole_view(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method_name", METHODS)
 @torch.no_grad()
-def test_a_batch_is_what_each_prompt_is_alone(kind: type[Method], name: str) -> None:
-    method, family, layers = made(kind, name), FAMILIES[name], Unpatched(model(name)).text.layers
+def test_a_batch_is_what_each_prompt_is_alone(method_name: str, name: str) -> None:
+    method, family, layers = (
+        made(method_name, name),
+        FAMILIES[name],
+        Unpatched(model(name)).text.layers,
+    )
     if not whole_view(name) and method.stages(len(layers)):
         with pytest.raises(NotImplementedError, match="layers that see the whole sequence"):
             patch(model(name), method)
