@@ -31,7 +31,7 @@ class Handle:
 
     @property
     def method(self) -> Method:
-        """The method in use."""
+        """The method in use, as it runs in a decoder of this depth."""
         return self._hooks.method
 
     @property
