@@ -96,7 +96,7 @@ class Assistant:
         """
         self.check_question(question)
         with _failing(f"the processor of {self.name} can't take {question!r}"):
-            text = self._prompt(question)
+            text = self.prompt(question)
             inputs = self.processor(text=[text], images=[image], return_tensors="pt")
             inputs = inputs.to(self.device, self.model.dtype)
         tokens = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
@@ -110,7 +110,8 @@ class Assistant:
                 f"--question can't contain {token}, which stands for the picture, got {question!r}"
             )
 
-    def _prompt(self, question: str) -> str:
+    def prompt(self, question: str) -> str:
+        """The text to give the processor for a question about one image."""
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": question}]
             turn = [{"role": "user", "content": content}]

@@ -274,7 +274,7 @@ def test_a_failing_processor_is_named(assistant, monkeypatch):
     def fail(*args, **kwargs):
         raise TypeError("no such template\nat line 3")
 
-    monkeypatch.setattr(assistant, "_prompt", fail)
+    monkeypatch.setattr(assistant, "prompt", fail)
     with pytest.raises(
         demo.DemoError, match=r"the processor of tiny-.* 'why \?': no such template$"
     ):
