@@ -28,7 +28,7 @@ def state(out):
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_a_run_learns_and_writes_a_folder(tmp_path, tower):
-    chosen = replace(options(tmp_path / "model", tower), images=(64, 160), rate=(1e-2, 3e-2))
+    chosen = replace(options(tmp_path / "model", tower), images=(64, 160), rate=(1e-2, 1e-2))
     run = train.Run(chosen)
     assert run.train()
     marks = run.finish()
@@ -100,14 +100,15 @@ def test_a_finished_model_is_not_trained_over(whole, capsys):
 
 def test_the_rate_warms_up_stays_and_falls():
     layer, rest = torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)
-    optimizer = train.Optimizer(layer, rest, 1.0, 1000)
+    optimizer = train.Optimizer(layer, rest, (1.0, 3.0), 1000)
     rates = []
     for at in (0, 59, 399, 700, 999):
         (rest(layer(torch.ones(1, 4))) ** 2).sum().backward()
         optimizer.step(at)
         rates.append(optimizer.parts[0].param_groups[0]["lr"])
     assert rates == pytest.approx([1 / 60, 1, 1, 0.51, 0.02], abs=1e-3)
-    muon, adam = (
+    assert optimizer.parts[1].param_groups[0]["lr"] == pytest.approx(3 * rates[-1])
+    adam, muon = (
         {id(p) for group in part.param_groups for p in group["params"]} for part in optimizer.parts
     )
     assert muon == {id(layer.weight)}
