@@ -615,3 +615,36 @@ def test_no_row_of_a_mask_is_empty(monkeypatch: Any) -> None:
         handle._model(**WORDS, pixel_values=pixels(3))
     assert masks[0].shape == (2, 1, TEXT, 2 * TOKENS + TEXT)
     assert masks[0].any(-1).all()
+
+
+@torch.no_grad()
+def test_block_masks_are_refused(monkeypatch: Any) -> None:
+    """Which a model that makes whole masks would make for flex attention."""
+    made = Lookahead.__init__
+    monkeypatch.setattr(
+        Lookahead, "__init__", lambda self, *given: made(self, *given[:-1], {"full_attention": 1})
+    )
+    with (
+        patch(random_llava(), Peek()) as handle,
+        pytest.raises(NotImplementedError, match="for the lookahead probe .* got a int"),
+    ):
+        handle._model(**ONE)
+
+
+@torch.no_grad()
+def test_flex_attention_gives_way_too() -> None:
+    """The prefill, which would compile it, is not run."""
+
+    def stop(*args: Any) -> None:
+        raise InterruptedError
+
+    model, methods = random_llava(), (Peek(asks=BOTH), Peek(asks=BOTH))
+    with patch(random_llava(), methods[0]) as handle:
+        handle._model(**ONE)
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    with patch(model, methods[1]):
+        model.model.language_model.register_forward_pre_hook(stop)
+        with pytest.raises(InterruptedError):
+            model(**ONE)
+    for ask in BOTH:
+        close(methods[1].seen[0][ask].q, methods[0].seen[0][ask].q)
