@@ -13,6 +13,9 @@ EMULATION := $(wildcard python_tests/cuda_kernels/*.cpp python_tests/cuda_kernel
 TOOLS := $(VENV)/.tools-$(subst /,_,$(subst =,-,$(firstword $(TORCH))))
 LATEST := $(abspath $(VENV))/transformers-latest
 PYTEST := $(BIN)/python -m pytest -q
+# Processes that tests are spread over; each needs about 2 GB.
+JOBS ?= 2
+SPREAD := -n $(JOBS) --dist worksteal
 
 .PHONY: setup demo test test-all test-latest test-triton resources lint format bench gpu clean
 
@@ -53,14 +56,14 @@ format: setup
 test: lint test-latest test-all test-triton
 
 test-all: setup
-	$(PYTEST)
+	$(PYTEST) $(SPREAD)
 
 test-latest: $(LATEST)/.installed
-	PYTHONPATH=$(LATEST) $(PYTEST) python_tests/hf
+	PYTHONPATH=$(LATEST) $(PYTEST) $(SPREAD) python_tests/hf
 
 # The Triton kernels on the CPU: the interpreter is chosen before Triton is imported.
 test-triton: setup
-	TRITON_INTERPRET=1 $(PYTEST) python_tests/triton_ops/interpreted
+	TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) python_tests/triton_ops/interpreted
 
 bench: setup
 	mkdir -p build
