@@ -1,5 +1,5 @@
 """The `cdrop` command: `demo` shows token reduction at work, `methods` lists what can be chosen,
-`info` what is installed."""
+`eval` examines them, `info` says what is installed."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after a sentence on stderr that says what can't be done.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["eval"]:  # its options are with the code that is not always here
+        return _eval(argv[1:])
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -58,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="cdrop", description="Fewer visual tokens for vision-language models.")
     parser.add_argument("--version", action="version", version=f"cdrop {__version__}")
-    names = "{demo,methods,info}"
+    names = "{demo,methods,eval,info}"
     commands = parser.add_subparsers(dest="command", metavar=names, title="commands")
     demo = commands.add_parser(
         "demo",
@@ -73,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="the reduction methods, and what each goes by")
     methods.add_argument("--json", action="store_true", help="as a list of objects")
     methods.set_defaults(run=_methods)
+    commands.add_parser("eval", help="accuracy and cost of methods on questions of known answer")
     info = commands.add_parser("info", help="versions, backends, and why one is missing")
     info.set_defaults(run=_info)
     return parser
@@ -168,13 +172,11 @@ def _number(text: str) -> float:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    for package, extra in (("transformers", "hf"), ("PIL", "hf"), ("matplotlib", "viz")):
-        if importlib.util.find_spec(package) is None:
-            return _fail(
-                f"{package} is not installed: pip install 'consensusdrop_kernels[{extra}]'"
-            )
+    missing = _missing()
+    if missing:
+        return _fail(missing)
     with warnings.catch_warnings():
-        _quiet_transformers()
+        quiet_transformers()
         from .demo import DemoError
 
         try:
@@ -185,12 +187,20 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fail(sentence: str) -> int:
-    print(f"cdrop demo: {sentence}", file=sys.stderr)
+def _missing() -> str:
+    """What `demo` and `eval` need and is not installed, in a sentence; or nothing."""
+    for package, extra in (("transformers", "hf"), ("PIL", "hf"), ("matplotlib", "viz")):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed: pip install 'consensusdrop_kernels[{extra}]'"
+    return ""
+
+
+def _fail(sentence: str, command: str = "demo") -> int:
+    print(f"cdrop {command}: {sentence}", file=sys.stderr)
     return 2
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
     """No progress bars for weights that load in a blink, no advice that is not for our user."""
     from transformers.utils import logging
 
@@ -346,6 +356,27 @@ def _cell(value: Any) -> str:
     if isinstance(value, tuple):
         value = ", ".join(value)
     return str(value or "-")
+
+
+# --- cdrop eval ---------------------------------------------------------------------------------
+
+
+def _eval(argv: Sequence[str]) -> int:
+    """Hand over to `benchmarks/accuracy`, which lies beside the package in a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "accuracy" / "evaluate.py").exists():
+        return _fail(
+            "the accuracy benchmark is in the repository, not in the installed package: run "
+            "this in a checkout installed with pip install -e .", "eval",
+        )  # fmt: skip
+    missing = _missing()
+    if missing:
+        return _fail(missing, "eval")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    evaluate = importlib.import_module("benchmarks.accuracy.evaluate")
+    with warnings.catch_warnings():
+        return int(evaluate.main(argv, "cdrop eval"))
 
 
 # --- cdrop info ---------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ def share(right: Flags) -> Interval:
     spread = _Z * _Z / count
     middle = (mean + spread / 2) / (1 + spread)
     half = _Z * math.sqrt(mean * (1 - mean) / count + spread / count / 4) / (1 + spread)
-    return Interval(mean, max(0.0, middle - half), min(1.0, middle + half))
+    # Of none or all right an end is the mean itself, but for rounding.
+    return Interval(mean, min(max(0.0, middle - half), mean), max(min(1.0, middle + half), mean))
 
 
 def compare(

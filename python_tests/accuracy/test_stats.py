@@ -24,6 +24,13 @@ def test_published_intervals(right, count, low, high):
     assert (round(found.low, 4), round(found.high, 4)) == (low, high)
 
 
+def test_the_ends_of_an_interval_hold_the_value_to_the_bit():
+    for count in range(1, 60):
+        assert share(flags(0, count))[:2] == (0, 0)
+        value, _, high = share(flags(count, count))
+        assert value == high == 1
+
+
 def test_an_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(1)
     for truth in (0.5, 0.9):
