@@ -45,17 +45,22 @@ def farthest_points(height: int, width: int, count: int) -> Tensor:
 
     Each next cell is the one farthest from those before it and from their like beyond the border:
     a cell counts as near to its own mirror image there, or half of the cells would lie on the rim.
+    Of equals, as in a strip, where the long borders are near to every cell, it is the one farthest
+    from those before it and from the mirror images beyond the short borders alone.
     """
     cell = torch.arange(height * width)
     # Twice the coordinates, so that the borders, half a cell away, are whole numbers too.
     row, column = 2 * (cell // width), 2 * (cell % width)
-    sides = (row + 1, 2 * height - 1 - row, column + 1, 2 * width - 1 - column)
-    nearest = (2 * torch.stack(sides).amin(0)) ** 2
+    above, beside = (row + 1, 2 * height - 1 - row), (column + 1, 2 * width - 1 - column)
+    ends = above if height > width else beside if width > height else above + beside
+    nearest = (2 * torch.stack(above + beside).amin(0)) ** 2
+    along = (2 * torch.stack(ends).amin(0)) ** 2
+    most = (4 * max(height, width)) ** 2
     order: list[int] = []
     while len(order) < count:
-        order.append(int(nearest.argmax()))
+        order.append(int((nearest * (most + 1) + along).argmax()))
         last = order[-1]
         away = (row - row[last]) ** 2 + (column - column[last]) ** 2
-        nearest = torch.minimum(nearest, away)
+        nearest, along = torch.minimum(nearest, away), torch.minimum(along, away)
         nearest[last] = -1
     return torch.tensor(order)

@@ -17,16 +17,18 @@ from .test_methods import signals
 
 
 def test_farthest_points_by_hand() -> None:
-    """A row of five cells, 0..4; in half cells: centres at 0 2 4 6 8, borders at -1 and 9.
+    """A row of seven cells, 0..6; in half cells: centres at 0 2 .. 12, borders at -1 and 13.
 
     A cell's mirror image is twice as far as the border above it, 2 half cells, whatever its column:
-    so all begin alike (4 squared half cells) and the lowest index, 0, is first. Cells 1 to 4 are
-    then 4 (its neighbour 0 is as near as its mirror image), 4, 4, 4: 1 is next, and so on.
+    all begin alike, and stay so, as no cell is nearer to another one. From the mirror images beyond
+    both ends the middle, 3, is farthest. Then 1 and 5 are 4 half cells from it and 6 from those
+    images, the others 2 from one or the other: 1 and 5, and the rest by index.
 
     Of three by three cells the middle, 4, is 6 from its mirror images and all others 2: first the
     middle, then by index.
     """
-    assert farthest_points(1, 5, 5).tolist() == [0, 1, 2, 3, 4]
+    assert farthest_points(1, 7, 7).tolist() == [3, 1, 5, 0, 2, 4, 6]
+    assert farthest_points(7, 1, 7).tolist() == [3, 1, 5, 0, 2, 4, 6]
     assert farthest_points(3, 3, 9).tolist() == [4, 0, 1, 2, 3, 5, 6, 7, 8]
 
 
@@ -51,6 +53,16 @@ def test_every_beginning_is_spread(height: int, width: int, data: Any) -> None:
     assert all(later <= earlier + 1e-9 for earlier, later in zip(reach, reach[1:], strict=False))
     whole = farthest_points(height, width, height * width)
     assert torch.equal(whole[:count], order)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 48), (2, 24), (3, 24), (6, 40), (40, 6)])
+@pytest.mark.parametrize("count", [2, 4, 7])
+def test_a_strip_is_covered_from_end_to_end(height: int, width: int, count: int) -> None:
+    """No cell is farther along the strip from those that come first than a few could be apart."""
+    order, long = farthest_points(height, width, count), max(height, width)
+    place = order % width if width == long else order // width
+    gaps = (torch.arange(long)[:, None] - place).abs().amin(1)
+    assert gaps.max() <= 1.1 * long / count
 
 
 def test_crops_take_turns_by_their_sizes() -> None:
