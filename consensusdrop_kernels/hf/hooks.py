@@ -38,7 +38,7 @@ from .inputs import (
     supervised,
     token_count,
 )
-from .layout import Group, Layout, Shortened, locate, shorten
+from .layout import Group, Layout, Shortened, locate, shorten, upload
 from .lookahead import Lookahead, Masked, check_lookahead
 from .prefill import shortened_inputs, wants_cache
 from .probe import StaticProbe, check_probe_layer
@@ -565,7 +565,7 @@ class Hooks:
 
         q, k, lse = encoded.q_vis, encoded.k_vis, encoded.lse_vis
         if q is not None and k is not None and images != list(range(len(q))):
-            index = torch.tensor(images, device=q.device)
+            index = upload(torch.tensor(images), q.device)
             q, k, lse = q[index], k[index], None if lse is None else lse[index]
         visual, metric = pick(encoded.visual), pick(encoded.metric)
         probe = words = None

@@ -12,15 +12,9 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Selection
+from ..methods.parts import upload as upload
 from ..reference import weighted_mean
 from .adapter import Encoded
-
-
-def upload(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device, without waiting for what runs there."""
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 class Place(NamedTuple):

@@ -12,6 +12,13 @@ from ..reference import contextual_slots
 from .base import QueryRule, Selection, Signals, Words
 
 
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for what runs there."""
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 def encoder_saliency(signals: Signals) -> Tensor:
     """How much the encoder attends to each token, `[R, N]` float32.
 
@@ -46,7 +53,7 @@ def encoder_metric(signals: Signals) -> Tensor:
     if signals.k_vis is None:
         raise ValueError('the method must name "encoder" in its needs')
     # The sum of half-precision keys loses what tells them apart.
-    return signals.k_vis[:, :, signals.prefix :].float().mean(1)
+    return signals.k_vis[:, :, signals.prefix :].mean(1, dtype=torch.float32)
 
 
 def most_attended(signals: Signals, keep: int) -> tuple[Tensor, Tensor]:

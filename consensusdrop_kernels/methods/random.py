@@ -18,13 +18,14 @@ from .base import (
     check_count,
     check_keep,
 )
+from .parts import picked, upload
 
 
 @dataclass(frozen=True)
 class Random(Method):
     """Keeps tokens drawn at random, without merging: the floor at a given budget.
 
-    Needs no saliency, so it costs no more than a gather. The draw depends only on `seed`, the
+    Needs no saliency, so it costs hardly more than a gather. The draw depends only on `seed`, the
     number of tokens and the budget: every image, in whatever batch, keeps the same places.
 
     Args:
@@ -66,13 +67,7 @@ class Random(Method):
         rows, tokens = signals.x.shape[:2]
         if signals.valid is not None:
             raise ValueError("Random takes images of equal token counts only")
-        device = signals.x.device
         # Drawn on the CPU, so that a seed means the same places on every device.
         draw = torch.randperm(tokens, generator=torch.Generator().manual_seed(self.seed))
-        chosen = draw[: self.budget(tokens)].sort().values
-        assign = torch.full((tokens,), -1)
-        assign[chosen] = torch.arange(len(chosen))
-        index = chosen.to(device).expand(rows, -1)
-        size = torch.ones(index.shape, device=device)
-        kept = signals.x.index_select(1, index[0]) if rows else signals.x[:, : index.shape[1]]
-        return Selection(kept, index, assign.to(device).expand(rows, -1), size)
+        places = draw[: self.budget(tokens)].sort().values
+        return picked(signals, upload(places, signals.x.device).expand(rows, -1))

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from .base import POSITIONS, SCOPES, Card, Method, Selection, Signals, check_choice, check_keep
-from .parts import picked
+from .parts import picked, upload
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Uniform(Method):
         grids = signals.crops or (signals.grid,)
         if sum(height * width for height, width in grids) != tokens:
             grids = ((1, tokens),)
-        places = torch.tensor(_spread(grids, self.budget(tokens)), device=signals.x.device)
-        return picked(signals, places.expand(rows, -1))
+        places = torch.tensor(_spread(grids, self.budget(tokens)))
+        return picked(signals, upload(places, signals.x.device).expand(rows, -1))
 
 
 @lru_cache(maxsize=64)

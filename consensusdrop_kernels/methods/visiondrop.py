@@ -151,7 +151,7 @@ class VisionDrop(Method):
         if probe.causal and self.causal_correction and self.arithmetic == "corrected":
             score = score / _seeing(signals)
         flat = signals.probe(layer=0, rotary=False, context="visual", query="visual")
-        metric = flat.k.float().mean(1)
+        metric = flat.k.mean(1, dtype=torch.float32)
         return self._reduced(signals, score, metric, self.stage_budget(stage, signals.original))
 
     def _reduced(self, signals: Signals, score: Tensor, metric: Tensor, total: int) -> Selection:
