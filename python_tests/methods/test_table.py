@@ -6,10 +6,13 @@ import importlib
 import inspect
 import json
 import pkgutil
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import consensusdrop_kernels
 from consensusdrop_kernels import cli
@@ -130,6 +133,41 @@ def test_merges_what_it_says(row: Row) -> None:
     assert bool((chosen.size > 1).any()) == (row.merges == "yes")
     if row.merges == "option":
         assert (made(row, merge=True).select(draw()).size > 1).any()
+
+
+class _Counted(TorchDispatchMode):
+    """The ops of this package that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "cdrop":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_ops_that_each_method_is_said_to_call() -> None:
+    """In the page's table: 64 of 576 tokens, which ToMe halves four times."""
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    table = page[page.index("| before the LLM | ops |") :].split("\n\n")[0]
+    said = {
+        name: re.findall(r"`([a-z]+_[a-z_]+)`", cells)
+        for names, cells in re.findall(r"^\| (.*?) \| (.*) \|$", table, re.M)
+        for name in names.split(", ")
+    }
+    signals = draw(1, 576)
+    for row in ROWS:
+        method = row.method() if row.name == "Full" else row.method(keep=64.0 / 576)
+        method = replace(method, merge=True) if row.merges == "option" else method
+        if method.budget(576) == 576:
+            assert row.method.__name__ not in said
+            continue
+        with _Counted() as counted:
+            method.fitted(32).select(signals)
+        rounds = 4 if row.name == "ToMe-style" else 1
+        assert counted.names == said[row.method.__name__] * rounds, row.name
 
 
 # --- cdrop methods ------------------------------------------------------------------------------
