@@ -149,7 +149,7 @@ def examine(options: Options, team: Team | None = None) -> list[tables.Row]:
     assistant = Assistant(options.model, team.device(options.device), options.dtype)
     examiner = Examiner(assistant, options.batch, options.suffix, _commit())
     settings = _settings(options, assistant)
-    team.agree(_settle(options.out, settings) if team.rank == 0 else None)
+    team.agree(_settle(options.out, settings, team.rank))
     store = Store(options.out / "answers", team.rank)
     _share(store, team)
     reasons = _ask(options, team, examiner, store)
@@ -240,13 +240,14 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _settle(out: Path, settings: dict[str, Any]) -> str | None:
+def _settle(out: Path, settings: dict[str, Any], rank: int) -> str | None:
     """Note the settings of a new folder; what differs in one with answers, in a sentence."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "settings.json"
     if not path.exists():
-        path.write_text(json.dumps(settings, indent=1) + "\n")
-        return None
+        draft = out / f"settings.{rank}"  # several processes may be about it
+        draft.write_text(json.dumps(settings, indent=1) + "\n")
+        os.replace(draft, path)
     known = json.loads(path.read_text())
     for name, value in settings.items():
         if known.get(name) != value:

@@ -68,7 +68,7 @@ def by_type(table: Sequence[Row], keep: int | float, title: str) -> Figure:
             x, value, 0.92 * width, label=row["label"],
             color=_FULL if number is None else _COLORS[number % len(_COLORS)],
             yerr=[value - low, high - value],
-            error_kw={"elinewidth": 0.8, "ecolor": "0.35", "capsize": 0},
+            error_kw={"elinewidth": 1.0, "ecolor": "0.1", "capsize": 0},
         )  # fmt: skip
     places = [*range(len(QUESTION_TYPES)), len(QUESTION_TYPES) + 0.25]
     axes.set_xticks(places, [*QUESTION_TYPES, "all"])
