@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import QueryRule, TextProbe
+from ..methods.parts import upload
 from .layout import Group
 from .query import padded_rows, question_mask
 
@@ -92,7 +93,7 @@ class StaticProbe:
         weight = live[list(place.sample_list)]
         if context == "all":  # a row sees no image that comes after it
             weight &= index[list(place.sample_list)] >= torch.tensor(place.end_list)[:, None]
-        index = index.to(embeds.device)
+        index = upload(index, embeds.device)
         angles = position_angles(self._text, layer, self._positions) if rotary else None
         project = Projection(self._text, layer, angles)
         q = project.queries(_take(embeds, index), index)
@@ -102,7 +103,7 @@ class StaticProbe:
             k_all = project.keys(embeds, None)
             # A supervised answer to an earlier question must not show in a later one's rows.
             seen = prompt.asking | (prompt.valid & prompt.visual)
-            lse = row_lse(q, k_all, index, seen.to(embeds.device), project.scale)
+            lse = row_lse(q, k_all, index, upload(seen, embeds.device), project.scale)
             lse = lse[place.sample]
             k = _take_keys(k_all, place)
         elif not rotary and project.folds(q):
@@ -110,7 +111,7 @@ class StaticProbe:
         else:
             k = project.keys(place.take(embeds), place.columns, place.sample)
         asked = tuple(weight.any(1).tolist())
-        weight = weight.to(embeds.device).float()
+        weight = upload(weight, embeds.device).float()
         return TextProbe(q[place.sample], k, project.scale, lse, weight, asked)
 
 
@@ -224,10 +225,28 @@ def _take_keys(k: Tensor, group: Group) -> Tensor:
     return k[group.sample].gather(2, index)
 
 
+#: Logits that `row_lse` holds at once.
+_LOGITS = 2**24
+
+
 def row_lse(q: Tensor, k: Tensor, index: Tensor, valid: Tensor, scale: float) -> Tensor:
-    """Log-sum-exp of whole causal rows, `[B, H, M]` float32, one key head at a time; `valid` is
-    `[B, L]`, or `[B, M, L]` where rows see different keys."""
+    """Log-sum-exp of whole causal rows, `[B, H, M]` float32, one key head at a time, and so many
+    rows as make `_LOGITS` logits; `valid` is `[B, L]`, or `[B, M, L]` where rows see different
+    keys."""
     batch, heads, rows, width = q.shape
+    most = max(1, _LOGITS // max(1, batch * (heads // k.shape[1]) * k.shape[2]))
+    if rows > most:
+        each = [slice(first, first + most) for first in range(0, rows, most)]
+        return torch.cat(
+            [
+                row_lse(
+                    q[:, :, part], k, index[:, part],
+                    valid if valid.dim() == 2 else valid[:, part], scale,
+                )
+                for part in each
+            ],
+            2,
+        )  # fmt: skip
     groups = k.shape[1]
     column = torch.arange(k.shape[2], device=k.device)
     seen = column <= index[:, :, None]  # [B, M, L]

@@ -91,7 +91,7 @@ class CDPruner(Method):
         embeds = normalize(words.embeds.float(), dim=2)
         question = torch.where(words.valid[:, :, None], embeds, 0.0).sum(1, keepdim=True)
         # The sum over the words: their number falls out of the scaling.
-        cosine = (normalize(signals.x.detach().float(), dim=2) * question).sum(2)
+        cosine = (normalize(signals.x.detach().float(), dim=2) @ question.transpose(1, 2))[..., 0]
         absent = torch.zeros_like(cosine, dtype=torch.bool)
         absent = absent if signals.valid is None else ~signals.valid
         low = cosine.masked_fill(absent, torch.inf).amin(1, keepdim=True)

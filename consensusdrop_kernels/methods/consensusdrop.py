@@ -152,7 +152,8 @@ class ConsensusDrop(Method):
 
     def budget(self, tokens: int) -> int:
         """Slots that enter the decoder of an image of `tokens` tokens."""
-        return tokens if self.probe == "in_llm" else self._slots(tokens)
+        slots = self._slots(tokens)
+        return tokens if self.probe == "in_llm" else slots
 
     def stages(self, layers: int) -> tuple[int, ...]:
         """Before `probe_layer`, if the probe is the decoder's own attention."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from consensusdrop_kernels.hf import patch
+from consensusdrop_kernels.hf import patch, probe
 from consensusdrop_kernels.hf.adapter import find
 from consensusdrop_kernels.hf.query import question_mask
 from consensusdrop_kernels.methods import ConsensusDrop
@@ -212,3 +212,18 @@ def test_the_sums_of_an_attention_that_returns_them_are_used(
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
     share = 0.5 if dtype == torch.float32 else 1.0
     torch.testing.assert_close(found[2], found[0] * share, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_sums_of_rows_in_parts_are_those_of_all(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, 8)
+    index = torch.randint(0, 9, (2, 7))
+    valid = torch.rand(2, 9) < 0.8 if shared else torch.rand(2, 7, 9) < 0.8
+    want = probe.row_lse(q, k, index, valid, 0.3)
+    monkeypatch.setattr(probe, "_LOGITS", 80)  # two rows at once
+    torch.testing.assert_close(probe.row_lse(q, k, index, valid, 0.3), want)
+    logits = 0.3 * q @ k.repeat_interleave(2, 1).transpose(2, 3)
+    seen = (torch.arange(9) <= index[:, :, None]) & (valid[:, None] if shared else valid)
+    torch.testing.assert_close(want, logits.masked_fill(~seen[:, None], -torch.inf).logsumexp(-1))
