@@ -29,7 +29,7 @@ from .base import (
     keep_count,
 )
 from .coverage import even_priority
-from .parts import encoder_saliency, merged, warn_unasked
+from .parts import encoder_metric, encoder_saliency, merged, warn_unasked
 
 PROBES = ("static", "lookahead", "in_llm")
 ROWS = ("max", "mean", "last")
@@ -68,6 +68,11 @@ class ConsensusDrop(Method):
             sees; at `probe_layer=0` with rotary, "all" is exactly the attention the LLM computes.
         coverage: share of the kept tokens, 0..1, that go to an even spread over the patch grid (a
             farthest-point order, crop by crop), and not to the best of the consensus.
+        diversity: 0 keeps the best of the consensus, however alike they are. Above, up to 1, tokens
+            are chosen one after another as the most probable set of a determinantal point process:
+            `S` the cosines of the encoder's keys, and relevance `exp(-(1 / diversity - 1) p)` for
+            the token that is behind a share `p` of the others in the consensus. At 1 the keys alone
+            decide.
         contextual: extra slots per image, spread over the dropped tokens, that take the rest in
             place of the kept tokens (which then stay as they are).
         threshold: cosine below which a dropped token joins nothing; -1 merges every token.
@@ -108,6 +113,7 @@ class ConsensusDrop(Method):
     rotary: bool = True
     probe_context: str = "visual"
     coverage: float = 0.0
+    diversity: float = 0.0
     contextual: int = 0
     threshold: float = -1.0
     blend: float = 1.0
@@ -132,6 +138,12 @@ class ConsensusDrop(Method):
         check_flag("size_attention", self.size_attention)
         check_choice("probe_context", self.probe_context, CONTEXTS)
         check_range("coverage", self.coverage, 0.0, 1.0)
+        check_range("diversity", self.diversity, 0.0, 1.0)
+        if self.diversity > 0 and self.coverage > 0:
+            raise ValueError(
+                "coverage must be 0 with diversity, which spreads tokens in its own way, got "
+                f"{self.coverage}"
+            )
         check_count("contextual", self.contextual)
         check_range("threshold", self.threshold, -1.0, 1.0)
         check_range("blend", self.blend, 0.0, 1.0)
@@ -211,7 +223,7 @@ class ConsensusDrop(Method):
         return probe._replace(q=probe.q[:, :, -1:], lse=lse, weight=probe.weight[:, -1:])
 
     def _merge(self, signals: Signals, probe: TextProbe | None) -> Selection:
-        if signals.visual is not None:
+        if signals.visual is not None or self.diversity > 0:
             return self._merge_by_parts(signals, probe)
         tokens, index, assign, size = torch.ops.cdrop.select_merge(
             signals.x,
@@ -246,10 +258,12 @@ class ConsensusDrop(Method):
         return {"priority": even_priority(signals, keep), "priority_keep": places}
 
     def _merge_by_parts(self, signals: Signals, probe: TextProbe | None) -> Selection:
-        """The same, where the encoder's saliency comes as scores of the tokens."""
+        """The same, where the encoder's saliency comes as scores of the tokens, or the best alone
+        are not what is kept."""
         keep = keep_count(self.keep, signals.x.shape[1])
-        index, _ = torch.ops.cdrop.consensus_select(
-            signals.visual,
+        metric = encoder_metric(signals)
+        index, fused = torch.ops.cdrop.consensus_select(
+            encoder_saliency(signals),
             None if probe is None else self._textual(signals, probe),
             keep,
             alpha=self.alpha,
@@ -257,11 +271,24 @@ class ConsensusDrop(Method):
             valid=signals.valid,
             **self._spread(signals),
         )
-        assert signals.metric is not None
+        if self.diversity > 0:
+            index = torch.ops.cdrop.greedy_diverse_select(
+                metric.detach(), keep, relevance=self._relevance(fused, signals), objective="dpp",
+                valid=signals.valid,
+            )  # fmt: skip
         return merged(
-            signals, index, signals.metric, contextual=self.contextual, threshold=self.threshold,
+            signals, index, metric, contextual=self.contextual, threshold=self.threshold,
             blend=self.blend,
         )  # fmt: skip
+
+    def _relevance(self, fused: Tensor, signals: Signals) -> Tensor:
+        """`[R, N]` float32 in 0..1: how a token's place in the consensus counts against others."""
+        order = fused.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
+        place = order.argsort(dim=1).float()
+        count: int | Tensor = fused.shape[1]
+        if signals.valid is not None:
+            count = signals.valid.sum(1, keepdim=True)
+        return (place / count * (1 - 1 / self.diversity)).exp()
 
     @property
     def _reduce(self) -> str:

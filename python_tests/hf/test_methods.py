@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[type[Method], dict[str, Any]]] = {
     row.method.__name__: (row.method, {}) for row in methods()
 } | {
     "ahead": (ConsensusDrop, {"probe": "lookahead", "probe_layer": 1, "coverage": 0.5}),
+    "diverse": (ConsensusDrop, {"diversity": 0.3, "size_attention": True}),
     "in_llm": (ConsensusDrop, {"probe": "in_llm", "rotary": False}),
     "folded": (ConsensusDrop, {"rotary": False, "rows": "last", "contextual": 1}),
     "sizes": (AdaFV, {"merge": True, "size_attention": True, "query": "all_text"}),

@@ -131,8 +131,72 @@ def test_the_decoders_own_probe_drops_inside() -> None:
         ({"probe": "deep"}, "probe must be one of static, lookahead, in_llm"),
         ({"probe": "in_llm"}, "probe_layer must be >= 1 with probe='in_llm'"),
         ({"coverage": 1.5}, "coverage must be a number in 0..1, got 1.5"),
+        ({"diversity": -0.1}, "diversity must be a number in 0..1, got -0.1"),
+        ({"diversity": 0.5, "coverage": 0.5}, "coverage must be 0 with diversity"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         ConsensusDrop(**({"keep": 4} | options))
+
+
+def most_probable(features: torch.Tensor, relevance: torch.Tensor, keep: int) -> list[int]:
+    """Token after token, that which makes the determinant of `diag(r) S diag(r)` largest."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    kernel = relevance.double()[:, None] * (unit @ unit.T) * relevance.double()
+    kept: list[int] = []
+    for _ in range(keep):
+        rest = [i for i in range(len(kernel)) if i not in kept]
+        kept.append(max(rest, key=lambda i: float(kernel[[*kept, i]][:, [*kept, i]].det())))
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("diversity", [0.1, 0.4, 0.8])
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_diverse_choice_is_the_most_probable_set(diversity: float, parts: bool) -> None:
+    """Places in the consensus 0, 1, ... of 12 tokens; both ways in which an encoder speaks."""
+    given = signals(rows=3)
+    given = replace(given, k_vis=torch.randn(3, 2, 13, 8), q_vis=torch.randn(3, 2, 1, 8))
+    metric = given.k_vis[:, :, 1:].mean(1)
+    if parts:
+        metric = torch.randn(3, 12, 7)
+        given = replace(given, visual=torch.rand(3, 12), metric=metric, q_vis=None, k_vis=None)
+    method = ConsensusDrop(keep=5, diversity=diversity, fusion="zscore")
+    chosen = method.select(given)
+    place = method.scores(given).fused.argsort(dim=1, descending=True).argsort(dim=1)
+    relevance = (-(1 / diversity - 1) * place / 12).exp()
+    for row in range(3):
+        assert chosen.index[row].tolist() == most_probable(metric[row], relevance[row], 5)
+    assert torch.equal(chosen.size.sum(1), torch.full((3,), 12.0))
+
+
+def test_a_diverse_choice_by_hand() -> None:
+    """Keys (1, 0), (1, 0), (0, 1), (0, -1); consensus 0, 1, 2, 3. After token 0 its twin 1 adds
+    nothing to the determinant; 2 and 3 add alike by their keys, and 2 comes first in the consensus.
+    The best two of the consensus would be 0 and 1."""
+    keys = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    given = Signals(
+        x=torch.eye(4)[None],
+        grid=(2, 2),
+        visual=torch.tensor([[4.0, 3.0, 2.0, 1.0]]),
+        metric=keys[None],
+    )
+    method = ConsensusDrop(keep=2, alpha=0.0, diversity=0.5)
+    assert method.select(given).index.tolist() == [[0, 2]]
+    assert method.select(given).assign.tolist() == [[0, 0, 1, 0]]
+    assert replace(method, diversity=0.0).select(given).index.tolist() == [[0, 1]]
+
+
+def test_padding_does_not_change_a_diverse_choice() -> None:
+    given = replace(signals(rows=1), visual=torch.rand(1, 12), metric=torch.randn(1, 12, 9))
+    method = ConsensusDrop(keep=4, alpha=0.0, diversity=0.3)
+    want = method.select(given)
+    x = torch.cat([given.x, torch.randn(1, 5, 6)], 1)
+    longer = replace(
+        given, x=x, visual=torch.cat([given.visual, torch.full((1, 5), 9.0)], 1),
+        metric=torch.randn(1, 17, 9).index_copy(1, torch.arange(12), given.metric),
+        valid=torch.arange(17)[None] < 12,
+    )  # fmt: skip
+    got = method.select(longer)
+    assert torch.equal(got.index, want.index)
+    assert torch.equal(got.assign[:, :12], want.assign)
