@@ -121,7 +121,7 @@ def read_method(text: str | None, keep: Keep | None) -> Method | None:
     try:
         specs = parse_methods(text)
     except DemoError as error:
-        raise ValueError(str(error).replace("--methods", "method", 1)) from error
+        raise ValueError(str(error).replace("--methods", "method", 1)) from None
     if len(specs) != 1:
         raise ValueError(f"method must be one method, got {text}")
     (spec,) = specs
@@ -143,9 +143,9 @@ def summary(handle: Any) -> str:
     stats = handle.stats
     if not stats.prefills:
         return f"{handle.method}: no prompt had an image"
-    before, after = (n / stats.prefills for n in (stats.tokens_before, stats.tokens_after))
-    line = f"{handle.method}: {stats.prefills} prefills, {before:.1f} visual tokens each, "
-    line += f"{after:.1f} after"
+    share = stats.tokens_after / max(stats.tokens_before, 1)
+    line = f"{handle.method}: {stats.prefills} prefills, {stats.tokens_before} visual tokens, "
+    line += f"{stats.tokens_after} ({share:.3f}) after"
     if stats.kv_bytes_before:
         line += f", {stats.kv_bytes_after / stats.kv_bytes_before:.3f} of the KV cache"
     return line
@@ -212,7 +212,7 @@ def main() -> None:
     try:
         from lmms_eval.cli.dispatch import main as lmms_eval
     except ImportError as error:
-        sys.exit(f"this needs lmms-eval 0.7 or newer: pip install lmms-eval ({error})")
+        sys.exit(f"this needs lmms-eval 0.7.3 or newer: pip install lmms-eval ({error})")
     register()
     lmms_eval()
 

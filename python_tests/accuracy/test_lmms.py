@@ -12,9 +12,13 @@ import shutil
 import sys
 
 import pytest
-import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+)
 
 from benchmarks.accuracy import data, lmms
 from consensusdrop_kernels import patch
@@ -119,7 +123,7 @@ def test_answers_are_those_of_the_patched_model(shipped, asked, capsys):
     lm = Wrapped(shipped=shipped, method=METHOD, keep=16)
     found = lm.generate_until(asked)
     assert lm.handle.method.keep == 16
-    assert "4 prefills, 196.0 visual tokens each, 16.0 after, 0.1" in capsys.readouterr().err
+    assert "4 prefills, 784 visual tokens, 64 (0.082) after, 0.1" in capsys.readouterr().err
     with pytest.raises(NotImplementedError, match="needs tasks that generate"):
         lm.loglikelihood(asked)
     lm.clean()
@@ -215,9 +219,10 @@ def run(task, monkeypatch, name, model_args, *more):
     """One run of the command line: the results file, and the answers in order."""
     out = task / name
     monkeypatch.setattr(sys, "argv", [
-        "lmms", "--model", "llava_hf", "--model_args", f"pretrained={task}/model,device_map=cpu{model_args}",
-        "--tasks", "cdrop_scenes", "--include_path", str(task / "tasks"), "--device", "cpu",
-        "--batch_size", "1", "--log_samples", "--output_path", str(out), *more,
+        "lmms", "--model", "llava_hf",
+        "--model_args", f"pretrained={task}/model,device_map=cpu{model_args}",
+        "--tasks", "cdrop_scenes", "--include_path", str(task / "tasks"),
+        "--device", "cpu", "--batch_size", "1", "--log_samples", "--output_path", str(out), *more,
     ])  # fmt: skip
     lmms.main()
     (results,) = out.rglob("*_results.json")
@@ -238,7 +243,7 @@ def test_command_line(task, shipped, asked, monkeypatch, capsys, more):
     with patch(shipped[0], lmms.read_method(METHOD, 8), processor=shipped[1]):
         expected = ask(shipped, asked)
     assert found == expected
-    assert "4 prefills, 196.0 visual tokens each, 8.0 after" in capsys.readouterr().err
+    assert "4 prefills, 784 visual tokens, 32 (0.041) after, 0.0" in capsys.readouterr().err
     right = [answer == question.answer for answer, (_, question) in zip(found, asked, strict=True)]
     assert results["results"]["cdrop_scenes"]["right,none"] == sum(right) / QUESTIONS
     assert arguments in results["config"]["model_args"]
@@ -259,3 +264,35 @@ def test_every_model_that_is_there_has_ours_in_its_place():
     assert issubclass(made, base)
     assert made.mro().count(lmms.Pruned) == 1
     assert not issubclass(models.get_model("dummy"), lmms.Pruned)
+
+
+@installed
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("qwen2_vl", "qwen2_vl-images"),
+        ("qwen2_5_vl", "qwen2_5_vl-images"),
+        ("qwen3_vl", "qwen3_vl-images"),
+        ("internvl_hf", "internvl-qwen2"),
+    ],
+)
+def test_what_their_classes_load_is_patched(shipped, monkeypatch, name, family):
+    """With a random model of the family in the place of what they would load."""
+    from hf.families import FAMILIES
+    from lmms_eval import models
+
+    model, tokenizer = FAMILIES[family].model(), shipped[1].tokenizer
+    sample = FAMILIES[family].samples()[0]
+    monkeypatch.setattr(type(model), "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: model.config)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: shipped[1])
+    lmms.register()
+    made = models.get_model(name).create_from_arg_string(
+        "pretrained=random,device_map=cpu,method=Random,keep=0.5", {"device": "cpu"}
+    )
+    made.model.generate(**sample, max_new_tokens=2, do_sample=False)
+    assert made.handle.method == Random(keep=0.5)
+    assert 0 < made.handle.stats.tokens_after <= made.handle.stats.tokens_before / 2 + 1
+    made.clean()
+    assert not hasattr(model, "_cdrop_handle")
