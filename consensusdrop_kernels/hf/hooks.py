@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import Method, Selection, Signals
+from ..methods.parts import upload
 from .adapter import Adapter, Encoded
 from .cache import continue_call, state_of, weigh
 from .calls import Calls
@@ -38,7 +39,7 @@ from .inputs import (
     supervised,
     token_count,
 )
-from .layout import Group, Layout, Shortened, locate, shorten, upload
+from .layout import Group, Layout, Shortened, locate, shorten
 from .lookahead import Lookahead, Masked, check_lookahead
 from .prefill import shortened_inputs, wants_cache
 from .probe import StaticProbe, check_probe_layer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Selection
-from ..methods.parts import upload as upload
+from ..methods.parts import upload
 from ..reference import weighted_mean
 from .adapter import Encoded
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .layout import Layout, upload
+from ..methods.parts import upload
+from .layout import Layout
 from .probe import Projection, check_probe_layer, position_angles
 from .query import padded_rows
 from .sizes import FULL, SLIDING

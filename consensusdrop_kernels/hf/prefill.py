@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..methods.base import Selection
+from ..methods.parts import upload
 from .cache import attach
 from .inputs import is_static
-from .layout import Layout, Shortened, merge_alike, slot_counts, upload
+from .layout import Layout, Shortened, merge_alike, slot_counts
 from .sizes import FULL, SLIDING
 
 DEEPSTACK = "deepstack_visual_embeds"

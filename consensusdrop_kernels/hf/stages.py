@@ -17,8 +17,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..methods.base import Method, QueryRule, Selection, Signals, TextProbe, Words
+from ..methods.parts import upload
 from .cache import State, add_stage
-from .layout import Compacted, Layout, Shortened, compacted, slot_counts, upload
+from .layout import Compacted, Layout, Shortened, compacted, slot_counts
 from .probe import Projection, row_lse
 from .query import padded_rows, question_mask
 from .sizes import key_bias, weighted_mask

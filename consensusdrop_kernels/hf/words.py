@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..methods.base import QueryRule, Words
-from .layout import Group, upload
+from ..methods.parts import upload
+from .layout import Group
 from .query import padded_rows, question_mask
 
 
