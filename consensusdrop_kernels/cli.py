@@ -1,5 +1,5 @@
 """The `cdrop` command: `demo` shows token reduction at work, `methods` lists what can be chosen,
-`eval` examines them, `info` says what is installed."""
+`eval` examines them, `report` turns results into Markdown, `info` says what is installed."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ _DEFAULT_QUESTIONS = 2
 _SHIPPED_QUESTIONS = ("how many objects are there ?", "what color is the largest object ?")
 _OTHER_QUESTIONS = ("What is shown in the image?",)
 _METHOD_COLUMNS = ("method", "class", "goes by", "prunes", "question", "merges", "reference")
+#: Commands whose code is in `benchmarks`: the module, what it is, and whether it needs models.
+_BESIDE = {
+    "eval": ("accuracy.evaluate", "the accuracy benchmark", True),
+    "report": ("report", "the reader of benchmark results", False),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after a sentence on stderr that says what can't be done.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["eval"]:  # its options are with the code that is not always here
-        return _eval(argv[1:])
+    if argv and argv[0] in _BESIDE:  # its options are with the code that is not always here
+        return _hand_over(argv[0], argv[1:])
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -61,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="cdrop", description="Fewer visual tokens for vision-language models.")
     parser.add_argument("--version", action="version", version=f"cdrop {__version__}")
-    names = "{demo,methods,eval,info}"
+    names = "{demo,methods,eval,report,info}"
     commands = parser.add_subparsers(dest="command", metavar=names, title="commands")
     demo = commands.add_parser(
         "demo",
@@ -77,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--json", action="store_true", help="as a list of objects")
     methods.set_defaults(run=_methods)
     commands.add_parser("eval", help="accuracy and cost of methods on questions of known answer")
+    commands.add_parser("report", help="Markdown tables and plots of benchmark results")
     info = commands.add_parser("info", help="versions, backends, and why one is missing")
     info.set_defaults(run=_info)
     return parser
@@ -358,25 +364,26 @@ def _cell(value: Any) -> str:
     return str(value or "-")
 
 
-# --- cdrop eval ---------------------------------------------------------------------------------
+# --- cdrop eval, cdrop report -------------------------------------------------------------------
 
 
-def _eval(argv: Sequence[str]) -> int:
-    """Hand over to `benchmarks/accuracy`, which lies beside the package in a checkout."""
+def _hand_over(command: str, argv: Sequence[str]) -> int:
+    """Run a command of `benchmarks`, which lies beside the package in a checkout."""
+    module, what, models = _BESIDE[command]
     root = Path(__file__).resolve().parents[1]
-    if not (root / "benchmarks" / "accuracy" / "evaluate.py").exists():
+    if not (root / "benchmarks" / f"{module.replace('.', '/')}.py").exists():
         return _fail(
-            "the accuracy benchmark is in the repository, not in the installed package: run "
-            "this in a checkout installed with pip install -e .", "eval",
+            f"{what} is in the repository, not in the installed package: run this in a checkout "
+            "installed with pip install -e .", command,
         )  # fmt: skip
-    missing = _missing()
+    missing = _missing() if models else ""
     if missing:
-        return _fail(missing, "eval")
+        return _fail(missing, command)
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    evaluate = importlib.import_module("benchmarks.accuracy.evaluate")
+    main = importlib.import_module(f"benchmarks.{module}").main
     with warnings.catch_warnings():
-        return int(evaluate.main(argv, "cdrop eval"))
+        return int(main(argv, f"cdrop {command}"))
 
 
 # --- cdrop info ---------------------------------------------------------------------------------
