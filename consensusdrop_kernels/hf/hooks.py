@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..methods.base import Method, Selection, Signals
 from ..methods.parts import upload
+from ..profiling import step
 from .adapter import Adapter, Encoded
 from .cache import continue_call, state_of, weigh
 from .calls import Calls
@@ -213,6 +214,7 @@ class Hooks:
 
     # The encoder.
 
+    @step("encode")
     def encode(self, at: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Run the model's own feature function and note what the encoder attended to."""
         local = self._calls.local
@@ -532,6 +534,7 @@ class Hooks:
         )  # fmt: skip
         return _prompt_alone(layout, prefill.wanted)
 
+    @step("choose")
     def _choose(
         self, layout: Layout, embeds: Tensor, positions: Tensor, found: list[Encoded | None],
         masks: Any,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..methods.base import Selection
 from ..methods.parts import upload
+from ..profiling import step
 from ..reference import weighted_mean
 from .adapter import Encoded
 
@@ -320,6 +321,7 @@ class Shortened:
     slots: tuple[Tensor, ...]
 
 
+@step("shorten")
 def shorten(
     embeds: Tensor, positions: Tensor, layout: Layout, chosen: Sequence[Selection], compact: bool,
     breaks: Tensor | None = None,

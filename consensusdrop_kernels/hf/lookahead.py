@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..methods.parts import upload
+from ..profiling import step
 from .layout import Layout
 from .probe import Projection, check_probe_layer, position_angles
 from .query import padded_rows
@@ -98,6 +99,7 @@ class Lookahead:
         self._masks = masks
         self._words: list[Tensor] = []  # `[B, T, D]` by depth
 
+    @step("lookahead")
     @torch.no_grad()
     def __call__(self, depth: int) -> Tensor:
         """`[B, L, D]`: `embeds`, its text as it leaves the first `depth` layers.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..methods.base import QueryRule, TextProbe
 from ..methods.parts import upload
+from ..profiling import step
 from .layout import Group
 from .query import padded_rows, question_mask
 
@@ -79,6 +80,7 @@ class StaticProbe:
                 self._done[key] = self._compute(*key)
         return self._done[key]
 
+    @step("probe")
     def _compute(
         self, layer: int, rotary: bool, context: str, query: str | QueryRule, lookahead: bool
     ) -> TextProbe:

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..methods.base import Method, QueryRule, Selection, Signals, TextProbe, Words
 from ..methods.parts import upload
+from ..profiling import step
 from .cache import State, add_stage
 from .layout import Compacted, Layout, Shortened, compacted, slot_counts
 from .probe import Projection, row_lse
@@ -252,6 +253,7 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
 
 
+@step("stage")
 def advance(
     progress: Progress, hidden: Tensor, kwargs: dict[str, Any], method: Method, layer: int,
     text: Any, special: Tensor | None,
