@@ -4,7 +4,8 @@
     python profile_target.py --once        # every op once, small and awkward shapes (sanitizers)
 
 The calls to look at lie between cudaProfilerStart and cudaProfilerStop, each in an NVTX range named
-after its op (`nsys --capture-range=cudaProfilerApi`, `ncu --profile-from-start off`).
+`cdrop.<op>` (`nsys --capture-range=cudaProfilerApi`, `ncu --profile-from-start off`). With
+`--device cpu` they are profiled by torch and its table is printed.
 """
 
 from __future__ import annotations
@@ -63,6 +64,29 @@ def calls(batch: int, tokens: int, width: int, keep: int, rows: int, device: str
     return table
 
 
+def capture(name: str, call: Callable[[], Any], count: int, device: str) -> None:
+    """Warm up, then call so often between cudaProfilerStart and Stop, each in a range.
+
+    On a CPU `torch.profiler` listens instead, and its table is printed.
+    """
+    for _ in range(3):
+        call()
+    if device == "cpu":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            for _ in range(count):
+                with torch.profiler.record_function(name):
+                    call()
+        print(profile.key_averages().table(sort_by="cpu_time_total", row_limit=25))
+        return
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    for _ in range(count):
+        with torch.cuda.nvtx.range(name):
+            call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
 def main() -> None:
     """Run what the options say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -84,21 +108,10 @@ def main() -> None:
             torch.cuda.synchronize()
         return
     sizes = (options.batch, options.tokens, options.width, options.keep, options.rows)
-    call = calls(*sizes, options.device)[options.op]
-    for _ in range(3):
-        call()
-    if options.device == "cpu":
-        for _ in range(options.calls):
-            call()
-        return
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    for _ in range(options.calls):
-        torch.cuda.nvtx.range_push(f"cdrop.{options.op}")
-        call()
-        torch.cuda.nvtx.range_pop()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
+    known = calls(*sizes, options.device)
+    if options.op not in known:
+        parser.error(f"--op must be one of {', '.join(known)}, got {options.op}")
+    capture(f"cdrop.{options.op}", known[options.op], options.calls, options.device)
 
 
 if __name__ == "__main__":
