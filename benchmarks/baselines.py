@@ -1,120 +1,197 @@
-"""What `select_merge` is measured against: the same result from plain torch, and a plain read."""
+"""What the ops are measured against: each takes the tensors of its op and computes the same thing.
+
+- plain torch: the composition an engineer would write, few-row products and no attention map.
+- eager maps: what published methods do, which ask the model for its attention weights: every layer
+  makes the whole map and keeps it. One layer's queries and keys stand for all of them, which spares
+  the baseline some reading; its values are not needed for the map and left out.
+- random tokens: the floor of any choice.
+- plain read: the floor of anything that looks at its inputs.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, pad
+
+Inputs = tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One benchmark case: LLaVA-like encoder keys with a CLS, and a short question."""
-
-    batch: int
-    tokens: int
-    width: int
-    keep: int
-    encoder_heads: int = 16
-    encoder_width: int = 64
-    rows: int = 8
-    heads: int = 32
-    head_width: int = 128
-
-    def __str__(self) -> str:
-        return f"B{self.batch}-N{self.tokens}-D{self.width}-K{self.keep}"
+# --- saliency -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors of one case, laid out as Hugging Face models produce them: projections
-    `[B, rows, H * d]` viewed as `[B, H, rows, d]`."""
-
-    x: Tensor
-    q_vis: Tensor
-    k_vis: Tensor
-    q_txt: Tensor
-    k_txt: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.x, self.q_vis, self.k_vis, self.q_txt, self.k_txt)
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors)
-
-
-def make_inputs(
-    shape: Shape, dtype: torch.dtype, seed: int = 0, contiguous: bool = False
-) -> Inputs:
-    """Normal data from a seed."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def heads(rows: int, count: int, width: int) -> Tensor:
-        flat = torch.randn(shape.batch, rows, count, width, generator=generator).to(dtype)
-        view = flat.transpose(1, 2)
-        return view.contiguous() if contiguous else view
-
-    x = torch.randn(shape.batch, shape.tokens, shape.width, generator=generator).to(dtype)
-    return Inputs(
-        x,
-        heads(1, shape.encoder_heads, shape.encoder_width),
-        heads(shape.tokens + 1, shape.encoder_heads, shape.encoder_width),
-        heads(shape.rows, shape.heads, shape.head_width),
-        heads(shape.tokens, shape.heads, shape.head_width),
-    )
-
-
-def _saliency(q: Tensor, k: Tensor, prefix: int, reduce: str) -> Tensor:
-    logits = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    p = logits.float().softmax(-1)[..., prefix:]
+def _received(p: Tensor, reduce: str) -> Tensor:
+    """`[B, H, M, N]` to `[B, N]`: over the rows, then over the heads."""
     return (p.mean(2) if reduce == "mean" else p.amax(2)).mean(1)
 
 
-def plain_torch(i: Inputs, keep: int, merge: str = "scatter_reduce") -> tuple[Tensor, Tensor]:
-    """The composition an engineer would write: few-row matmuls, softmax, top-k, gather,
-    similarity matmul, argmax, and a scatter for the mean (`scatter_reduce` or `index_add`)."""
-    batch, tokens, width = i.x.shape
-    visual = _saliency(i.q_vis, i.k_vis, 1, "mean")
-    textual = _saliency(i.q_txt, i.k_txt, 0, "max")
-    place = torch.arange(tokens, dtype=torch.float32).expand(batch, tokens)
+def plain_saliency(inputs: Inputs, prefix: int = 0, reduce: str = "mean") -> Tensor:
+    """Logits of the given rows, softmax in float32; grouped queries share one product."""
+    q, k = inputs
+    heads, rows = k.shape[1], q.shape[2]
+    grouped = q.unflatten(1, (heads, -1)).flatten(2, 3)
+    logits = (grouped @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    p = logits.float().softmax(-1)[..., prefix:]
+    return _received(p.unflatten(2, (-1, rows)).flatten(1, 2), reduce)
 
-    def ranks(score: Tensor) -> Tensor:
-        order = score.argsort(dim=1, descending=True, stable=True)
-        return torch.empty_like(score).scatter_(1, order, place)
 
-    score = 0.5 * ranks(visual) + 0.5 * ranks(textual)
-    index = score.topk(keep, largest=False).indices.sort(dim=1).values
-    kept = torch.zeros(batch, tokens, dtype=torch.bool).scatter_(1, index, True)
-    dropped = (~kept).nonzero()[:, 1].view(batch, tokens - keep)
+def eager_map(q: Tensor, k: Tensor) -> Tensor:
+    """The attention weights as Hugging Face's eager attention makes them: keys repeated for grouped
+    queries, softmax in float32, weights in the dtype of `q`."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k = k.repeat_interleave(groups, 1)
+    logits = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return logits.softmax(-1, dtype=torch.float32).to(q.dtype)
 
-    unit = torch.nn.functional.normalize(i.k_vis[:, :, 1:].float().mean(1), dim=-1)
-    rows = torch.arange(batch)[:, None]
-    nearest = (unit[rows, dropped] @ unit[rows, index].transpose(1, 2)).argmax(-1)
-    out = i.x.gather(1, index[:, :, None].expand(-1, -1, width)).float()
-    joined = i.x.gather(1, dropped[:, :, None].expand(-1, -1, width)).float()
-    if merge == "scatter_reduce":
+
+def eager_saliency(
+    inputs: Inputs, rows: slice, layers: int, prefix: int = 0, reduce: str = "mean"
+) -> Tensor:
+    """Some rows of the last layer's map, where every layer's map is made and kept.
+
+    Args:
+        inputs: the op's `q` and `k`, and the queries of all rows.
+        rows: which rows of the map ask.
+        layers: how many maps the model returns.
+        prefix: keys that get no score.
+        reduce: over the rows, "mean" or "max".
+    """
+    _, k, whole = inputs
+    maps = [eager_map(whole, k) for _ in range(layers)]
+    return _received(maps[-1][:, :, rows, prefix:].float(), reduce)
+
+
+def plain_packed(inputs: Inputs, count: int) -> Tensor:
+    """Packed sequences that are all as long: one batch of square maps."""
+    q, k = (t.unflatten(0, (count, -1)).transpose(1, 2) for t in inputs[:2])
+    return plain_saliency((q, k)).flatten()
+
+
+def plain_similarity(inputs: Inputs) -> Tensor:
+    """Unit vectors, one product, softmax over the tokens, maximum over the text."""
+    text, visual = (normalize(t.float(), dim=-1) for t in inputs)
+    return ((text @ visual.transpose(1, 2)) / 0.01).softmax(-1).amax(1)
+
+
+# --- choice -------------------------------------------------------------------------------------
+
+
+def _rank(score: Tensor) -> Tensor:
+    """Place of each token in the descending order, `[B, N]`."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)
+
+
+def plain_select(inputs: Inputs, keep: int) -> Tensor:
+    """Mean of the two ranks, by two sorts and a top-k."""
+    visual, textual = inputs
+    score = 0.5 * _rank(visual) + 0.5 * _rank(textual)
+    return score.topk(keep, largest=False).indices.sort(dim=1).values
+
+
+def plain_split(inputs: Inputs, keep: int, reserve: float = 0.25) -> Tensor:
+    """The split by two sorts and two prefix sums; a freed place goes to the textual list."""
+    visual, textual = inputs
+    held = int(reserve * keep)
+    rest = keep - 2 * held
+
+    def mass(score: Tensor) -> Tensor:
+        best = score.sort(dim=1, descending=True, stable=True).values
+        return pad(best[:, held : held + rest].double().cumsum(1), (1, 0))
+
+    split = (mass(textual) * mass(visual).flip(1)).argmax(1, keepdim=True)
+    rank_v, rank_t = _rank(visual), _rank(textual)
+    first = (rank_v < held + rest - split) | (rank_t < held + split)
+    best = torch.where(first, -1, rank_t)
+    return best.topk(keep, largest=False).indices.sort(dim=1).values
+
+
+def plain_diverse(inputs: Inputs, keep: int) -> Tensor:
+    """All cosines, then a loop that takes the token farthest from those taken."""
+    unit = normalize(inputs[0].float(), dim=-1)
+    away = 1 - unit @ unit.transpose(1, 2)
+    itself = torch.eye(away.shape[1], dtype=torch.bool, device=away.device)
+    taken = [away.masked_fill(itself, torch.inf).amin(2).argmax(1, keepdim=True)]
+    nearest = torch.full_like(away[:, 0], torch.inf)
+    rows = torch.arange(len(away), device=away.device)
+    for _ in range(keep - 1):
+        nearest = torch.minimum(nearest, away[rows, taken[-1][:, 0]])
+        nearest.scatter_(1, taken[-1], -torch.inf)
+        taken.append(nearest.argmax(1, keepdim=True))
+    return torch.cat(taken, 1).sort(1).values
+
+
+def some_tokens(batch: int, tokens: int, keep: int, device: str | torch.device) -> Tensor:
+    """`keep` distinct tokens at random, ascending, `[B, K]`."""
+    return torch.rand(batch, tokens, device=device).topk(keep).indices.sort(dim=1).values
+
+
+def random_choice(inputs: Inputs, keep: int) -> Tensor:
+    """Tokens at random, with a look at the number of tokens alone."""
+    first = inputs[0]
+    return some_tokens(first.shape[0], first.shape[1], keep, first.device)
+
+
+# --- merge --------------------------------------------------------------------------------------
+
+
+def plain_merge(inputs: Inputs, by: str = "index_add") -> Tensor:
+    """Similarity of every token to the kept ones, argmax, and a scatter for the mean.
+
+    Args:
+        inputs: `x [B, N, D]`, `metric [B, N, F]` and `index [B, K]`.
+        by: how the mean is made, "index_add" or "scatter_reduce".
+    """
+    x, metric, index = inputs
+    batch, _, width = x.shape
+    keep = index.shape[1]
+    unit = normalize(metric.float(), dim=-1)
+    slot = torch.arange(keep, device=x.device).expand(batch, keep)
+    there = unit.gather(1, index[:, :, None].expand(-1, -1, unit.shape[2]))
+    nearest = (unit @ there.transpose(1, 2)).argmax(-1).scatter(1, index, slot)
+    if by == "scatter_reduce":
+        out = torch.zeros(batch, keep, width, device=x.device)
         to = nearest[:, :, None].expand(-1, -1, width)
-        out = out.scatter_reduce(1, to, joined, "mean", include_self=True)
-    else:
-        flat = (nearest + rows * keep).view(-1)
-        count = torch.ones(batch * keep).index_add(0, flat, torch.ones(flat.numel()))
-        out = out.view(-1, width).index_add(0, flat, joined.view(-1, width)) / count[:, None]
-        out = out.view(batch, keep, width)
-    return out.to(i.x.dtype), index
+        return out.scatter_reduce(1, to, x.float(), "mean", include_self=False).to(x.dtype)
+    flat = (nearest + keep * torch.arange(batch, device=x.device)[:, None]).flatten()
+    total = torch.zeros(batch * keep, width, device=x.device)
+    total = total.index_add(0, flat, x.float().flatten(0, 1))
+    count = torch.zeros(batch * keep, device=x.device)
+    count = count.index_add(0, flat, torch.ones_like(flat, dtype=torch.float32))
+    return (total / count[:, None]).view(batch, keep, width).to(x.dtype)
 
 
-def plain_read(i: Inputs) -> None:
-    """Read every byte of the inputs once, threaded and vectorised: sums over 32-bit words."""
-    for t in i.tensors:
+def _reduced(inputs: Inputs, visual: Tensor, keep: int, prefix: int, by: str) -> Tensor:
+    """What follows the encoder's saliency."""
+    x, _, k_vis, q_txt, k_txt = inputs[:5]
+    index = plain_select((visual, plain_saliency((q_txt, k_txt), reduce="max")), keep)
+    return plain_merge((x, k_vis[:, :, prefix:].float().mean(1), index), by)
+
+
+def plain_select_merge(inputs: Inputs, keep: int, prefix: int = 1, by: str = "index_add") -> Tensor:
+    """The whole reduction, composed of the parts above."""
+    visual = plain_saliency(inputs[1:3], prefix)
+    return _reduced(inputs, visual, keep, prefix, by)
+
+
+def eager_select_merge(inputs: Inputs, keep: int, layers: int, prefix: int = 1) -> Tensor:
+    """The same with the first row of the encoder's eager maps; the queries of all its rows come
+    after the tensors of the op."""
+    _, q, k, _, _, whole = inputs
+    visual = eager_saliency((q, k, whole), slice(0, q.shape[2]), layers, prefix)
+    return _reduced(inputs, visual, keep, prefix, "index_add")
+
+
+def random_tokens(inputs: Inputs, keep: int) -> Tensor:
+    """Keep tokens of `x` at random, look at nothing else."""
+    x = inputs[0]
+    return x.gather(1, random_choice(inputs, keep)[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def plain_read(inputs: Inputs) -> None:
+    """Read every byte once, threaded and vectorised: sums over 32-bit words."""
+    for t in inputs:
         words = t.transpose(1, 2) if t.dim() == 4 and not t.is_contiguous() else t
         words.view(torch.float32).sum()
-
-
-def random_tokens(i: Inputs, keep: int) -> Tensor:
-    """The floor for any method: keep tokens at random, look at nothing else."""
-    batch, tokens, width = i.x.shape
-    index = torch.rand(batch, tokens).topk(keep).indices.sort(dim=1).values
-    return i.x.gather(1, index[:, :, None].expand(-1, -1, width))

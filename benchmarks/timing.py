@@ -2,6 +2,7 @@
 
 GPU time comes from CUDA-graph replays over several sets of inputs that together exceed the L2
 cache; what a call costs the host is timed apart. Nothing is timed before its result was checked.
+A slow call is repeated less often: what is timed takes about a second.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 ROTATED_BYTES = 192 * 2**20  # past the L2 of any GPU, and past the last-level cache of most CPUs
+SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,17 @@ def rotations(bytes_per_set: int) -> int:
 def measure(call: Callable[[Any], Any], sets: Sequence[Any], repeats: int = 30) -> Timing:
     """Time `call` over the given sets of inputs, all on one device."""
     device = _device(sets[0])
+    if device.type == "cpu":
+        call(sets[0])
+        return _on_cpu(call, sets, within(SECONDS, lambda: call(sets[-1]), repeats))
     for inputs in (*sets, *sets[:2]):
         call(inputs)
-    if device.type == "cpu":
-        return _on_cpu(call, sets, repeats)
     torch.cuda.synchronize()
     host = _host_time(call, sets)
     graph = _capture(call, sets)
     replay = graph.replay if graph is not None else lambda: [call(inputs) for inputs in sets]
     times = []
-    for _ in range(repeats):
+    for _ in range(within(SECONDS, lambda: (replay(), torch.cuda.synchronize()), repeats)):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         replay()
@@ -56,6 +59,24 @@ def measure(call: Callable[[Any], Any], sets: Sequence[Any], repeats: int = 30) 
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / len(sets))
     return _summary(times, host, "CUDA graph" if graph is not None else "launched one by one")
+
+
+def within(seconds: float, call: Callable[[], Any], most: int, least: int = 3) -> int:
+    """How often a call fits into so many seconds, by one call of it."""
+    start = time.perf_counter()
+    call()
+    return max(least, min(most, int(seconds / (time.perf_counter() - start))))
+
+
+def rotated(make: Callable[[], Sequence[Any]]) -> list[Sequence[Any]]:
+    """Sets of inputs to rotate through; all but the first are copies of it, strides and all."""
+    first = make()
+    copies = rotations(sum(t.numel() * t.element_size() for t in first)) - 1
+    return [first, *(_copy(first) for _ in range(copies))]
+
+
+def _copy(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return tuple(t.clone(memory_format=torch.preserve_format) for t in tensors)
 
 
 def _device(inputs: Any) -> torch.device:
