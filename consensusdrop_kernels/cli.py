@@ -1,5 +1,6 @@
 """The `cdrop` command: `demo` shows token reduction at work, `methods` lists what can be chosen,
-`eval` examines them, `report` turns results into Markdown, `info` says what is installed."""
+`eval` examines them, `bench` times them, `report` turns results into Markdown, `info` says what is
+installed."""
 
 from __future__ import annotations
 
@@ -30,11 +31,12 @@ _METHOD_COLUMNS = ("method", "class", "goes by", "prunes", "question", "merges",
 #: Commands whose code is in `benchmarks`: the module, what it is, and whether it needs models.
 _BESIDE = {
     "eval": ("accuracy.evaluate", "the accuracy benchmark", True),
+    "bench": ("e2e", "the end-to-end benchmark", True),
     "report": ("report", "the reader of benchmark results", False),
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake in one sentence, without the usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -64,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from ._version import __version__
 
-    parser = _Parser(prog="cdrop", description="Fewer visual tokens for vision-language models.")
+    parser = Parser(prog="cdrop", description="Fewer visual tokens for vision-language models.")
     parser.add_argument("--version", action="version", version=f"cdrop {__version__}")
-    names = "{demo,methods,eval,report,info}"
+    names = "{demo,methods,eval,bench,report,info}"
     commands = parser.add_subparsers(dest="command", metavar=names, title="commands")
     demo = commands.add_parser(
         "demo",
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--json", action="store_true", help="as a list of objects")
     methods.set_defaults(run=_methods)
     commands.add_parser("eval", help="accuracy and cost of methods on questions of known answer")
+    commands.add_parser("bench", help="time to the first token, memory and phases of whole models")
     commands.add_parser("report", help="Markdown tables and plots of benchmark results")
     info = commands.add_parser("info", help="versions, backends, and why one is missing")
     info.set_defaults(run=_info)
@@ -194,7 +197,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _missing() -> str:
-    """What `demo` and `eval` need and is not installed, in a sentence; or nothing."""
+    """What `demo`, `eval` and `bench` need and is not installed, in a sentence; or nothing."""
     for package, extra in (("transformers", "hf"), ("PIL", "hf"), ("matplotlib", "viz")):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed: pip install 'consensusdrop_kernels[{extra}]'"
@@ -364,7 +367,7 @@ def _cell(value: Any) -> str:
     return str(value or "-")
 
 
-# --- cdrop eval, cdrop report -------------------------------------------------------------------
+# --- cdrop eval, cdrop bench, cdrop report ------------------------------------------------------
 
 
 def _hand_over(command: str, argv: Sequence[str]) -> int:
