@@ -70,8 +70,8 @@ bench: setup
 	$(PYTEST) benchmarks --benchmark-only --benchmark-json=build/bench.json
 	$(BIN)/python benchmarks/summary.py build/bench.json
 
-# Not in .venv: the Python that is there, with its torch and triton. PART: build, tests, sanitize,
-# bench; all of them without.
+# Not in .venv: the Python that is there, with its torch and triton. Without PART: build, tests,
+# sanitize, bench, in nine minutes. PART: any of these, micro, growth, e2e, serve, hf, profile, or all.
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(PART)
 

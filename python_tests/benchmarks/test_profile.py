@@ -177,6 +177,12 @@ while [ "$1" != "{pretended}" ]; do shift; done
     assert "cdrop.consensus_select" in log.read_text()
 
 
+def test_the_program_runs_every_op():
+    command = [sys.executable, str(PROFILE / "profile_target.py"), "--once", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_model_program_shows_parts_and_steps():
     pytest.importorskip("transformers")
     environment = os.environ | {"CDROP_NVTX": "1", "PYTHONPATH": str(PROFILE.parents[1])}

@@ -1,0 +1,117 @@
+"""`make gpu` without a GPU: its parts one by one, what fails, and what is kept of earlier runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+
+ROOT = Path(__file__).parents[2]
+EVERY = ["build", "tests", "sanitize", "bench", "micro", "growth", "e2e", "serve", "hf", "profile"]
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch):
+    """Runs `gpu.py --device cpu` with these commands in place of the real ones."""
+
+    def call(commands: dict[str, tuple[list[str], int]]) -> tuple[int, dict[str, dict]]:
+        monkeypatch.setattr(gpu, "parts", lambda device, out, chosen: commands)
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--results", str(tmp_path)])
+        code = gpu.main()
+        (summary,) = tmp_path.glob("*/summary.json")
+        return code, json.loads(summary.read_text())["parts"]
+
+    return call
+
+
+def python(text: str, limit: int = 20) -> tuple[list[str], int]:
+    return [sys.executable, "-c", text], limit
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
+
+
+def test_a_failing_part_is_reported_and_the_next_still_runs(main):
+    code, parts = main(
+        {
+            "build": python("print('x'); raise SystemExit(3)"),
+            "tests": python("import time; time.sleep(30)", 1),
+            "sanitize": (["bash", "-c", "echo no such tool; exit 2"], 20),
+            "micro": python("raise SystemExit(2)"),
+            "bench": python("print('fine')"),
+        }
+    )
+    assert code == 1
+    verdicts = {name: part["verdict"] for name, part in parts.items()}
+    assert verdicts == {
+        "build": "failed", "tests": "failed", "sanitize": "not run", "micro": "failed",
+        "bench": "ok",
+    }  # fmt: skip
+    assert parts["build"]["exit_code"] == 3
+    assert parts["tests"]["exit_code"] == "over 1 s"
+    assert parts["sanitize"]["last_line"] == "no such tool"
+    assert parts["bench"]["last_line"] == "fine"
+
+
+def test_a_part_of_an_earlier_run_stays_with_its_commit_until_it_runs_again(main, monkeypatch):
+    monkeypatch.setattr(gpu, "header", lambda device: {"device": "cpu", "commit": "one"})
+    assert main({"build": python("print(1)"), "bench": python("print(1)")})[0] == 0
+    monkeypatch.setattr(gpu, "header", lambda device: {"device": "cpu", "commit": "two"})
+    code, parts = main({"bench": python("print(2)")})
+    assert code == 0
+    assert {name: part["commit"] for name, part in parts.items()} == {
+        "build": "one",
+        "bench": "two",
+    }
+    assert [part["last_line"] for part in parts.values()] == ["1", "2"]
+
+
+def test_where_no_part_could_be_run_the_exit_code_says_so(main):
+    assert main({"profile": (["bash", "-c", "exit 2"], 20)})[0] == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_parts_and_their_time(tmp_path, device):
+    default = gpu.parts(device, tmp_path, [])
+    assert list(default) == EVERY[:4]
+    assert sum(limit for _, limit in default.values()) < 540
+    assert list(gpu.parts(device, tmp_path, ["all"])) == EVERY
+    chosen = gpu.parts(device, tmp_path, ["serve", "bench"])
+    assert list(chosen) == ["serve", "bench"]
+    assert all(limit < 540 for _, limit in chosen.values())
+    with pytest.raises(ValueError, match="unknown part nothing: there is build, .*, all"):
+        gpu.parts(device, tmp_path, ["nothing"])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_files_a_part_names_are_there(tmp_path, name):
+    command, _ = gpu.parts("cuda", tmp_path, [name])[name]
+    named = [word for part in command for word in part.split() if word.endswith((".py", ".sh"))]
+    named += [word for word in command if word.startswith("python_tests")]
+    assert [word for word in named if not (ROOT / word).exists()] == []
+
+
+def test_a_part_on_a_cpu(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "sanitize", "profile", "--device", "cpu"]
+    env = os.environ | {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [*command, "--results", str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    (path,) = tmp_path.glob("*/summary.json")
+    parts = json.loads(path.read_text())["parts"]
+    for tool, name in (("compute-sanitizer", "sanitize"), ("ncu", "profile")):
+        here = parts[name]["last_line"]
+        assert here.startswith((f"{tool} is not on the PATH", "no GPU that the torch of"))
+    assert done.returncode == 2
