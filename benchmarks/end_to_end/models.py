@@ -173,7 +173,7 @@ class Subject:
             self._assistant = Assistant(None if name == TINY else name, device, dtype)
             self.model: Any = self._assistant.model
         else:
-            self.model = _build(self._random.config(), self.device, _dtype(dtype, self.device))
+            self.model = build(self._random.config(), self.device, _dtype(dtype, self.device))
         # Nothing ends a benchmark before its time.
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = self.pad
@@ -272,9 +272,13 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-@torch.no_grad()
-def _build(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model of a configuration: matrices normal of variance 1 / fan-in, norms 1, biases 0."""
+def build(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model of a configuration, its weights drawn on the device.
+
+    Raises:
+        DemoError: it does not fit there.
+    """
+    find(config)  # refuse what can't be patched
     config.dtype = dtype
     kind = transformers.AutoModelForImageTextToText._model_mapping[type(config)]
     before = torch.get_default_dtype()
@@ -286,15 +290,19 @@ def _build(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
         raise DemoError(f"the model does not fit on {device}") from error
     finally:
         torch.set_default_dtype(before)
+    if device.type != "meta":
+        _draw(model, device)
+    model.tie_weights()
+    return model.eval()
+
+
+@torch.no_grad()
+def _draw(model: Any, device: torch.device) -> None:
+    """Matrices normal of variance 1 / fan-in, norms 1, biases 0."""
     draw = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
-            fan_in = weight[0].numel() if "embed" not in name else weight.shape[-1]
+            fan_in = weight.shape[-1] if "embed" in name else weight[0].numel()
             weight.normal_(0.0, fan_in**-0.5, generator=draw)
-        elif name.endswith("bias"):
-            weight.zero_()
         else:
-            weight.fill_(1.0)
-    model.tie_weights()
-    find(model.config)  # refuse what can't be patched
-    return model.eval()
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
