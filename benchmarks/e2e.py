@@ -98,7 +98,8 @@ def run(subject: Subject, options: Options) -> results.Results:
     set_attention(subject, options.attentions[0] if len(rows) == 0 else "sdpa")
     if _answer(subject) != before:
         raise DemoError("the stock model answers otherwise after the run than before it")
-    return {"header": _header(subject, options), "rows": rows}
+    asked = {"repeats": options.repeats, "new_tokens": options.new_tokens}
+    return {"header": header_of(subject) | asked, "rows": rows}
 
 
 def _answer(subject: Subject) -> list[int]:
@@ -244,13 +245,13 @@ def _compare(
             row["over_ops"] = clock.paired_ratio(mine.wall, ours.wall)
 
 
-def _header(subject: Subject, options: Options) -> dict[str, Any]:
+def header_of(subject: Subject) -> dict[str, Any]:
+    """What the figures of a model depend on."""
     weights = sum(p.numel() for p in subject.model.parameters())
     return header(subject.device.type) | {
         "model": subject.name, "about": subject.about, "parameters": weights,
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads() if subject.device.type == "cpu" else None,
-        "repeats": options.repeats, "new_tokens": options.new_tokens,
     }  # fmt: skip
 
 
@@ -268,7 +269,8 @@ def counts_of(text: str) -> tuple[int, ...]:
     return found
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """One count."""
     found = counts_of(text)
     if len(found) > 1:
         raise argparse.ArgumentTypeError(f"must be one count, got {text}")
@@ -282,7 +284,9 @@ def _attentions(text: str) -> tuple[str, ...]:
     return found
 
 
-def add_options(parser: argparse.ArgumentParser, methods: str, keeps: tuple[int, ...]) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, methods: str, keeps: tuple[int, ...], tokens: int
+) -> None:
     """The options that every benchmark of whole models has."""
     add = parser.add_argument
     models = ", ".join([TINY, *RANDOM])
@@ -295,23 +299,24 @@ def add_options(parser: argparse.ArgumentParser, methods: str, keeps: tuple[int,
         help="written as for cdrop eval; Full always runs")
     add("--keep", type=counts_of, default=keeps, metavar="LIST",
         help=f"budgets in visual tokens (default {','.join(map(str, keeps))})")
-    add("--new-tokens", type=_count, default=32, metavar="N", help="of an answer (default 32)")
+    add("--new-tokens", type=count, default=tokens, metavar="N",
+        help=f"of an answer (default {tokens})")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="default: as stored; random weights bfloat16 on a GPU, else float32")
-    add("--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
     # fmt: on
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = Parser(prog=program, description=(__doc__ or "").splitlines()[0])
-    add_options(parser, METHODS, (64, 128, 192))
+    add_options(parser, METHODS, (64, 128, 192), 32)
     add = parser.add_argument
     # fmt: off
     add("--batch", type=counts_of, default=(1,), metavar="LIST", help="batch sizes (default 1)")
     add("--attention", type=_attentions, default=("sdpa",), metavar="LIST",
         help=f"of {', '.join(ATTENTIONS)} (default sdpa)")
-    add("--repeats", type=_count, default=20, metavar="N", help="rounds (default 20)")
+    add("--repeats", type=count, default=20, metavar="N", help="rounds (default 20)")
     add("--no-maps", action="store_true", help="leave out the maps forms")
     # fmt: on
     return parser

@@ -81,6 +81,7 @@ def interleaved(
     order, draw = list(calls), random.Random(seed)
     collecting = gc.isenabled()
     gc.collect()
+    gc.freeze()  # what is there already makes the collections between rounds no longer
     gc.disable()
     try:
         for _ in range(rounds):
@@ -95,6 +96,7 @@ def interleaved(
                 tick()
             gc.collect()
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
     return found

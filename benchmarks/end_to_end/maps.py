@@ -85,11 +85,8 @@ class Maps:
         self._encoder = type(method) in (ConsensusDrop, VisionZip)
         if self._encoder:
             model.model.vision_tower.set_attn_implementation("eager")
-        if isinstance(method, ConsensusDrop):
-            _run_eager(self._text.layers[0])
         if isinstance(method, FastV):
             self._cut = method.layer
-            _run_eager(self._text.layers[method.layer - 1])
             self._forward = self._text.forward
             self._text.forward = self._prefill
 
@@ -172,10 +169,11 @@ class Maps:
         length = embeds.shape[1]
         layer = self._text.layers[0]
         places = torch.arange(length, device=embeds.device)[None]
-        _, weights = layer.self_attn(
-            layer.input_layernorm(embeds), attention_mask=_causal(embeds),
-            position_embeddings=self._text.rotary_emb(embeds, places),
-        )  # fmt: skip
+        with _eager(layer):
+            _, weights = layer.self_attn(
+                layer.input_layernorm(embeds), attention_mask=_causal(embeds),
+                position_embeddings=self._text.rotary_emb(embeds, places),
+            )  # fmt: skip
         columns = before.shape[1] + picture.patch.nonzero()[:, 0]
         rows = weights[:, :, length - after.shape[1] :][..., columns].float()
         return (rows / rows.sum(-1, keepdim=True)).amax(2).mean(1)
@@ -228,16 +226,17 @@ class Maps:
         hidden = inputs_embeds
         angles = stack.rotary_emb(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
         for at, layer in enumerate(stack.layers):
-            read = at == self._cut - 1
-            with _noting(layer.self_attn) if read else contextlib.nullcontext() as seen:
-                hidden = layer(
-                    hidden, attention_mask=_causal(hidden) if read else None,
-                    position_embeddings=angles, past_key_values=past_key_values,
-                    use_cache=use_cache,
-                )  # fmt: skip
-            if read:
-                with self.span("selection"):
-                    hidden, angles = self._cut_after(seen[0][1], hidden, angles)
+            shared = {
+                "position_embeddings": angles, "past_key_values": past_key_values,
+                "use_cache": use_cache,
+            }  # fmt: skip
+            if at != self._cut - 1:
+                hidden = layer(hidden, attention_mask=None, **shared)
+                continue
+            with _eager(layer), _noting(layer.self_attn) as seen:
+                hidden = layer(hidden, attention_mask=_causal(hidden), **shared)
+            with self.span("selection"):
+                hidden, angles = self._cut_after(seen[0][1], hidden, angles)
         return BaseModelOutputWithPast(stack.norm(hidden), past_key_values)
 
     def _cut_after(self, weights: Tensor, hidden: Tensor, angles: Any) -> tuple[Tensor, Any]:
@@ -286,10 +285,16 @@ def _causal(hidden: Tensor) -> Tensor:
     return hidden.new_full((1, 1, length, length), lowest).triu(1)
 
 
-def _run_eager(layer: Any) -> None:
-    """Let one layer run eager attention, the others what they have."""
-    layer.self_attn.config = copy.copy(layer.self_attn.config)
+@contextlib.contextmanager
+def _eager(layer: Any) -> Iterator[None]:
+    """Let one layer run eager attention, which takes its mask from whoever calls it."""
+    config = layer.self_attn.config
+    layer.self_attn.config = copy.copy(config)
     layer.self_attn.config._attn_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        layer.self_attn.config = config
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from consensusdrop_kernels.demo import Assistant, DemoError
 from consensusdrop_kernels.hf.adapter import find
-from consensusdrop_kernels.scenes import sample_questions
+from consensusdrop_kernels.scenes import QUESTION_TYPES, sample_questions
 
 #: Words of a prompt before the image and after it, as in the template of LLaVA-1.5 with a question
 #: of a dozen words.
@@ -257,7 +257,8 @@ class Subject:
         from PIL import Image
 
         assert self._assistant is not None
-        ((scene, question),) = sample_questions(1, seed)
+        kind = QUESTION_TYPES[seed % len(QUESTION_TYPES)]
+        ((scene, question),) = sample_questions(1, seed, (kind,))
         image, text = Image.fromarray(scene.image), _SHIPPED_QUESTION
         if not self._assistant.shipped:
             image, text = image.resize((PICTURE, PICTURE)), _QUESTION
