@@ -16,7 +16,7 @@ from . import evaluate
 
 #: What varies around it. Depth 2 of the tiny models' four or five layers.
 MIDDLE: dict[str, Any] = {
-    "probe": "lookahead", "probe_layer": 2, "rows": "last", "diversity": 0.3,
+    "probe": "lookahead", "probe_layer": 2, "rows": "last", "diversity": 0.5,
     "size_attention": True, "positions": "original",
 }  # fmt: skip
 
