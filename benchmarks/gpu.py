@@ -88,9 +88,10 @@ def commands(device: str, out: pathlib.Path, seconds: int) -> dict[str, list[str
     small = [] if gpu else ["--small", "--dtype", "float32"]
     model = ["--model", "llava-1.5-7b", "--keep", "64,192"]
     models = ["python_tests/hf", "python_tests/methods"]
-    rounds = []
+    rounds, load = [], []
     if not gpu:
         model, rounds = ["--model", "tiny", "--keep", "49"], ["--repeats", "2"]
+        load = ["--concurrency", "1,2", "--requests", "2"]
         models = ["python_tests/hf/test_signals.py"]
     micro = [*pytest, "benchmarks", "--benchmark-only", *ours, *small,
              f"--benchmark-json={out / 'micro.json'}"]  # fmt: skip
@@ -113,7 +114,9 @@ def commands(device: str, out: pathlib.Path, seconds: int) -> dict[str, list[str
             "--plot", str(out / "growth.png"),
         ],
         "e2e": [python, "benchmarks/e2e.py", *ours, *model, *rounds, "--out", str(out / "e2e")],
-        "serve": [python, "benchmarks/serve.py", *ours, *model, "--out", str(out / "serve")],
+        "serve": [
+            python, "benchmarks/serve.py", *ours, *model, *load, "--out", str(out / "serve"),
+        ],
         "hf": [*pytest, *spread, *models],
         "profile": [
             "bash", "-ec",
