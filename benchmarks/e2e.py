@@ -15,7 +15,7 @@ import argparse
 import statistics
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,8 +71,15 @@ class Options:
     maps: bool = True
 
 
-def run(subject: Subject, options: Options) -> results.Results:
+def run(
+    subject: Subject, options: Options, save: Callable[[results.Results], object] = lambda r: None
+) -> results.Results:
     """Measure, and check what is measured.
+
+    Args:
+        subject: the model.
+        options: what of it.
+        save: called with what is there after each attention and batch size.
 
     Returns:
         `header` and `rows`.
@@ -82,6 +89,9 @@ def run(subject: Subject, options: Options) -> results.Results:
             number of tokens than its budget.
     """
     rows: list[results.Row] = []
+    asked = {"repeats": options.repeats, "new_tokens": options.new_tokens}
+    found: results.Results = {"header": header_of(subject) | asked, "rows": rows}
+    set_attention(subject, "sdpa")
     before = _answer(subject)
     for attention in options.attentions:
         reason = set_attention(subject, attention)
@@ -94,12 +104,12 @@ def run(subject: Subject, options: Options) -> results.Results:
         made = contenders(subject, options.specs, options.keeps, options.maps)
         for batch in options.batches:
             rows += _measured(subject, options, attention, batch, made)
+            save(found)
         del made
-    set_attention(subject, options.attentions[0] if len(rows) == 0 else "sdpa")
+    set_attention(subject, "sdpa")
     if _answer(subject) != before:
         raise DemoError("the stock model answers otherwise after the run than before it")
-    asked = {"repeats": options.repeats, "new_tokens": options.new_tokens}
-    return {"header": header_of(subject) | asked, "rows": rows}
+    return found
 
 
 def _answer(subject: Subject) -> list[int]:
@@ -170,6 +180,7 @@ def _try(contender: Contender, subject: Subject, inputs: Inputs, row: results.Ro
         for _ in range(_WARM_UPS):
             cache = contender.generate(inputs, 1).past_key_values
     except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
         row["reason"] = "out of memory"
     except (ValueError, NotImplementedError) as error:
         row["reason"] = first_sentence(error)
@@ -356,16 +367,21 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
                 specs, args.keep, args.batch, args.attention, args.new_tokens, args.repeats,
                 not args.no_maps,
             )  # fmt: skip
-            found = run(subject_of(args), options)
+            subject = subject_of(args)
+            args.out.mkdir(parents=True, exist_ok=True)
+            found = run(subject, options, partial(_save, args.out))
         except DemoError as error:
             print(f"{program}: {error}", file=sys.stderr)
             return 2
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = results.markdown(found)
-    paths = results.write(args.out, "e2e", found, text) + results.draw(args.out, found)
-    print(text)
+    paths = _save(args.out, found)
+    print(results.markdown(found))
     print(f"written to {', '.join(map(str, paths))}")
     return 0
+
+
+def _save(out: Path, found: results.Results) -> list[Path]:
+    paths = results.write(out, "e2e", found, results.markdown(found))
+    return paths + results.draw(out, found)
 
 
 if __name__ == "__main__":

@@ -37,14 +37,14 @@ class Picture(NamedTuple):
     Attributes:
         x: projected tokens `[B, N, D]`, without line breaks.
         whole: features of every placeholder `[B, V, D]`.
-        patch: which of these are patches, bool `[V]`.
+        patches: the places of those that are patches, `[N]`; None: all are.
         saliency: attention of the class token, mean of heads, `[B, N]`; None without maps.
         keys: mean of the heads' keys `[B, N, d]`; None likewise.
     """
 
     x: Tensor
     whole: Tensor
-    patch: Tensor
+    patches: Tensor | None
     saliency: Tensor | None
     keys: Tensor | None
 
@@ -69,8 +69,11 @@ class Maps:
 
     def __init__(self, model: Any, method: Method) -> None:
         config = model.config
-        if config.model_type not in ("llava", "llava_next") or class_tokens(config) != 1:
-            raise ValueError("the maps form is written for LLaVA and LLaVA-NeXT with a CLIP tower")
+        if not _takes(config):
+            raise ValueError(
+                "the maps form is written for LLaVA and LLaVA-NeXT with a CLIP tower, whose features "
+                "are all patches of one layer"
+            )
         if type(method) not in RULES or method != type(method)(keep=method.keep):
             raise ValueError(
                 f"there is a maps form of {', '.join(k.__name__ for k in RULES)} with default "
@@ -122,33 +125,34 @@ class Maps:
                 pixels.flatten(0, -4), output_hidden_states=True, output_attentions=self._encoder
             )
         features = outer.multi_modal_projector(out.hidden_states[layer][:, 1:])
-        whole, patch = self._packed(features, rows, inputs, breaks=True)
-        x = whole[:, patch]
+        whole, patches = self._packed(features, rows, inputs, breaks=True)
+        x = whole if patches is None else whole[:, patches]
         if not self._encoder:
-            return Picture(x, whole, patch, None, None)
+            return Picture(x, whole, patches, None, None)
         with self.span("saliency"):
             row = out.attentions[layer][:, :, 0, 1:].float().mean(1)
             heads = keys[0][:, 1:].unflatten(-1, (-1, attention.head_dim)).float().mean(2)
             saliency, _ = self._packed(row[..., None], rows, inputs)
             metric, _ = self._packed(heads, rows, inputs)
-        return Picture(x, whole, patch, saliency[..., 0], metric)
+        return Picture(x, whole, patches, saliency[..., 0], metric)
 
     def _packed(
         self, values: Tensor, rows: int, inputs: Mapping[str, Tensor], breaks: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Values of all tiles `[T, N, C]` as those of the pictures `[B, V, C]`, put together as the
         model does it, and which of these are patches; line breaks only if asked for."""
         if self.model.config.model_type == "llava":
-            return values, torch.ones(values.shape[1], dtype=torch.bool, device=values.device)
+            return values, None
         outer = self.model.model
         newline = outer.image_newline if breaks else None
         tiles, sizes = values.unflatten(0, (rows, -1)), inputs["image_sizes"]
         whole, _ = outer.pack_image_features(list(tiles), sizes, "default", newline)
-        first = torch.stack(whole)
+        stacked = torch.stack(whole)
+        if not breaks:
+            return stacked, None
         marks = torch.zeros_like(values[: tiles.shape[1], :, :1])
-        stop = marks.new_ones(1) if breaks else None
-        (marked,), _ = outer.pack_image_features([marks], sizes[:1], "default", stop)
-        return first, marked[:, 0] == 0
+        (marked,), _ = outer.pack_image_features([marks], sizes[:1], "default", marks.new_ones(1))
+        return stacked, (marked[:, 0] == 0).nonzero()[:, 0]
 
     # The rules.
 
@@ -174,8 +178,10 @@ class Maps:
                 layer.input_layernorm(embeds), attention_mask=_causal(embeds),
                 position_embeddings=self._text.rotary_emb(embeds, places),
             )  # fmt: skip
-        columns = before.shape[1] + picture.patch.nonzero()[:, 0]
-        rows = weights[:, :, length - after.shape[1] :][..., columns].float()
+        first, last = before.shape[1], length - after.shape[1]
+        rows = weights[:, :, last:, first:last].float()
+        if picture.patches is not None:
+            rows = rows[..., picture.patches]
         return (rows / rows.sum(-1, keepdim=True)).amax(2).mean(1)
 
     def _zip(self, picture: Picture, before: Tensor, after: Tensor) -> Chosen:
@@ -183,17 +189,14 @@ class Maps:
         assert picture.saliency is not None
         assert picture.keys is not None
         with self.span("selection"):
-            batch, tokens, _ = picture.x.shape
             contextual = round(VisionZip.contextual * self.keep)
-            top = picture.saliency.topk(self.keep - contextual).indices
-            kept = torch.zeros(batch, tokens, dtype=torch.bool, device=top.device)
-            kept.scatter_(1, top, True)
-            top = kept.nonzero()[:, 1].view(batch, -1)
-            rest = (~kept).nonzero()[:, 1].view(batch, -1)
+            order = picture.saliency.argsort(dim=1, descending=True, stable=True)
+            top = order[:, : self.keep - contextual].sort(dim=1).values
+            rest = order[:, self.keep - contextual :].sort(dim=1).values
             left = rest.shape[1]
             spaced = torch.arange(contextual, device=rest.device) * left // contextual
             others = [_rows(t, rest) for t in (picture.x, picture.keys)]
-            added = plain_merge((*others, spaced.expand(batch, -1)))
+            added = plain_merge((*others, spaced.expand(len(rest), -1)))
             index = torch.cat([top, rest[:, spaced]], 1)
             order = index.argsort(dim=1)
             together = torch.cat([_rows(picture.x, top), added], 1)
@@ -258,6 +261,15 @@ RULES: dict[type[Method], Callable[..., Chosen]] = {
     FastV: Maps._whole,
     DivPrune: Maps._diverse,
 }
+
+
+def _takes(config: Any) -> bool:
+    return (
+        config.model_type in ("llava", "llava_next")
+        and class_tokens(config) == 1
+        and isinstance(config.vision_feature_layer, int)
+        and config.vision_feature_select_strategy == "default"
+    )
 
 
 def _agreed(visual: Tensor, textual: Tensor, keep: int) -> Tensor:

@@ -22,7 +22,7 @@ Results = dict[str, Any]
 _FULL = "0.45"
 _COLUMNS = (
     "method", "form", "keep", "tokens", "average", "TTFT ms", "p20-p80", "of Full", "FLOPs of Full",
-    "share of saving", "of Random", "maps / ops", "tokens/s", "peak GiB", "KV MiB",
+    "share of saving", "of Random", "processor", "maps / ops", "tokens/s", "peak GiB", "KV MiB",
 )  # fmt: skip
 
 
@@ -83,7 +83,8 @@ def _cells(row: Row) -> list[str]:
         f"{ttft['median']:.1f}", f"{ttft['p20']:.1f}-{ttft['p80']:.1f}",
         interval(row["of_full"]), _number(row["flops_of_full"], "{:.3f}"),
         _number(row["share_of_saving"], "{:.2f}"),
-        interval(row["of_random"]), interval(row["over_ops"], 2),
+        interval(row["of_random"]), interval(row["of_random_processor"]),
+        interval(row["over_ops"], 2),
         _number(row["decode_tokens_per_s"], "{:.1f}"),
         _number(row["peak_bytes"], "{:.2f}", 2**30), _number(row["kv_bytes"], "{:.1f}", 2**20),
     ]  # fmt: skip
