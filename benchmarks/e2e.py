@@ -149,8 +149,11 @@ def _measured(
         for contender in live:
             row = rows[contender.name]
             row["phases_ms"] = _phases(contender, subject, inputs, options.repeats, bar)
-            row["samples_ms"] = [round(1e3 * t, 4) for t in found[contender.name].wall]
-            row["ttft_ms"] = clock.spread(found[contender.name].wall)
+            samples = found[contender.name]
+            row["samples_ms"] = [round(1e3 * t, 4) for t in samples.wall]
+            if subject.device.type == "cpu":
+                row["processor_ms"] = [round(1e3 * t, 4) for t in samples.processor]
+            row["ttft_ms"] = clock.spread(samples.wall)
             if decodes:
                 row["decode_tokens_per_s"] = statistics.median(rates[contender.name])
     _compare(rows, live, found, subject)
@@ -161,9 +164,9 @@ def _row(attention: str, batch: int, contender: Contender) -> results.Row:
     """A row as it is before anything was measured."""
     missing = dict.fromkeys(
         (
-            "tokens", "ttft_ms", "samples_ms", "of_full", "of_random", "of_random_processor",
-            "over_ops", "flops_of_full", "share_of_saving", "decode_tokens_per_s", "peak_bytes",
-            "peak_above_bytes", "kv_bytes", "phases_ms",
+            "tokens", "ttft_ms", "samples_ms", "processor_ms", "of_full", "of_random",
+            "of_random_processor", "over_ops", "flops_of_full", "share_of_saving",
+            "decode_tokens_per_s", "peak_bytes", "peak_above_bytes", "kv_bytes", "phases_ms",
         )
     )  # fmt: skip
     return {

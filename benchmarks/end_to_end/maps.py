@@ -71,8 +71,8 @@ class Maps:
         config = model.config
         if not _takes(config):
             raise ValueError(
-                "the maps form is written for LLaVA and LLaVA-NeXT with a CLIP tower, whose features "
-                "are all patches of one layer"
+                "the maps form is written for LLaVA and LLaVA-NeXT with a CLIP tower, whose "
+                "features are the patches of one layer"
             )
         if type(method) not in RULES or method != type(method)(keep=method.keep):
             raise ValueError(
