@@ -12,6 +12,7 @@ writes it anew. Triton keeps what it compiled in `build/triton`, so that a secon
 from __future__ import annotations
 
 import functools
+import hashlib
 import multiprocessing
 import os
 import pathlib
@@ -164,27 +165,51 @@ def _start() -> None:
 
 
 @functools.cache
-def measure_all(workers: int = 2) -> tuple[Row, ...]:
-    """Every call on every target, in the order of the table."""
+def measure_all(every: int = 1, workers: int = 2) -> tuple[Row, ...]:
+    """Every call on every target, or one call in `every`, in the order of the table."""
     from .aot_calls import CALLS
 
-    jobs = [(name, target) for name in CALLS for target in TARGETS]
+    jobs = [(name, target) for name in list(CALLS)[::every] for target in TARGETS]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start) as pool:
         found = pool.map(measure, *zip(*jobs, strict=True))
         return tuple(sorted(row for rows in found for row in rows))
 
 
-def table(rows: tuple[Row, ...]) -> str:
-    """The page that is kept: a header that names the compiler, and a line for each row."""
+def sources() -> str:
+    """A digest of the kernels, their launchers, and the calls."""
+    files = sorted((ROOT / "consensusdrop_kernels" / "triton").glob("*.py"))
+    whole = hashlib.sha256()
+    for file in [*files, pathlib.Path(__file__).with_name("aot_calls.py")]:
+        whole.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return whole.hexdigest()[:16]
+
+
+def kept() -> tuple[str, set[tuple[str, ...]]]:
+    """The header of the page that is kept, and the cells of its rows."""
+    lines = TABLE.read_text().splitlines()
+    rows = (line.strip("| ").split(" | ") for line in lines[6:])
+    return lines[2], {tuple(row) for row in rows}
+
+
+def header() -> str:
+    """Which compiler and which sources a table is of."""
     import triton
 
+    return (
+        f"Compiled ahead of time by Triton {triton.__version__}, without a GPU, from sources "
+        f"{sources()}: registers per thread (gfx942: vector registers, the accumulation registers "
+        "among them), bytes of shared memory, of stack and of spills. Written by `make resources`; "
+        "the tests compare the sources, and some of the rows."
+    )
+
+
+def table(rows: tuple[Row, ...]) -> str:
+    """The page that is kept: a header, and a line for each row."""
     lines = [
         "# What the Triton kernels use",
         "",
-        f"Compiled ahead of time by Triton {triton.__version__}, without a GPU: registers per "
-        "thread (gfx942: vector registers, the accumulation registers among them), bytes of "
-        "shared memory, of stack and of spills. Written by `make resources`; the tests compare.",
+        header(),
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + " --- |" * len(HEADER),
