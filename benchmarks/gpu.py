@@ -88,10 +88,10 @@ def commands(device: str, out: pathlib.Path, seconds: int) -> dict[str, list[str
     small = [] if gpu else ["--small", "--dtype", "float32"]
     model = ["--model", "llava-1.5-7b", "--keep", "64,192"]
     models = ["python_tests/hf", "python_tests/methods"]
-    rounds, load = [], []
+    rounds, load, tokens = [], [], []
     if not gpu:
         model, rounds = ["--model", "tiny", "--keep", "49"], ["--repeats", "2"]
-        load = ["--concurrency", "1,2", "--requests", "2"]
+        load, tokens = ["--concurrency", "1,2", "--requests", "2"], ["--tokens", "256", "512"]
         models = ["python_tests/hf/test_signals.py"]
     micro = [*pytest, "benchmarks", "--benchmark-only", *ours, *small,
              f"--benchmark-json={out / 'micro.json'}"]  # fmt: skip
@@ -111,7 +111,7 @@ def commands(device: str, out: pathlib.Path, seconds: int) -> dict[str, list[str
         "micro": micro,
         "growth": [
             python, "benchmarks/growth.py", *ours, "--out", str(out / "growth.json"),
-            "--plot", str(out / "growth.png"),
+            "--plot", str(out / "growth.png"), *tokens,
         ],
         "e2e": [python, "benchmarks/e2e.py", *ours, *model, *rounds, "--out", str(out / "e2e")],
         "serve": [
