@@ -18,9 +18,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+if not __package__:  # run as a file
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+
 import torch
-from cases import CASES, OURS, Case, check, size, too_large
-from timing import copy_bandwidth, measure, rotated
+
+from benchmarks.cases import CASES, OURS, Case, check, size, too_large
+from benchmarks.timing import copy_bandwidth, measure, rotated
 
 
 def time_case(case: Case, device: str, bandwidth: float) -> Iterator[dict[str, Any]]:

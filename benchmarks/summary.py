@@ -1,6 +1,6 @@
-"""Turn benchmark rows into a Markdown table of ratios.
+"""Turn what pytest-benchmark wrote into Markdown tables of ratios.
 
-python benchmarks/summary.py results.json     # a file that pytest-benchmark wrote
+python benchmarks/summary.py results.json
 """
 
 from __future__ import annotations
@@ -10,49 +10,90 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-SUBJECT = "select_merge"
+Row = Mapping[str, Any]
 
 
-def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """One line per group: the time of `select_merge` and every contender's time over it."""
-    groups: dict[str, dict[str, Mapping[str, Any]]] = {}
+def markdown_table(rows: Iterable[Row]) -> str:
+    """One line per group: the time of its first contender, and the others' times over it.
+
+    Args:
+        rows: `group`, `name` of the contender, `median` in seconds; `bytes` moved, `copy_share` and
+            `peak_bytes` where they are known. The first contender of the first group is the one
+            that the others are divided by; a group without it has no line.
+    """
+    groups: dict[str, dict[str, Row]] = {}
     for row in rows:
         groups.setdefault(row["group"], {})[row["name"]] = row
-    others = sorted({name for group in groups.values() for name in group} - {SUBJECT})
-    lines = [
-        "| case | " + SUBJECT + " | GB/s | " + " | ".join(f"{n} / it" for n in others) + " |",
-        "|---" * (3 + len(others)) + "|",
-    ]
-    for case, group in groups.items():
-        if SUBJECT not in group:
-            continue
-        ours = group[SUBJECT]["median"]
+    if not groups:
+        return ""
+    subject = next(iter(next(iter(groups.values()))))
+    lines = {case: group for case, group in groups.items() if subject in group}
+    others = list(dict.fromkeys(name for group in lines.values() for name in group))[1:]
+    figures = {
+        title: [figure(group[subject]) for group in lines.values()]
+        for title, figure in _FIGURES.items()
+    }
+    shown = {title: cells for title, cells in figures.items() if any(c != "-" for c in cells)}
+    header = ["case", subject, *shown, *(f"{name} / it" for name in others)]
+    out = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for at, (case, group) in enumerate(lines.items()):
+        ours = group[subject]["median"]
         ratios = [f"{group[n]['median'] / ours:.2f}" if n in group else "-" for n in others]
-        speed = group[SUBJECT]["bytes"] / ours / 1e9
-        lines.append(f"| {case} | {ours * 1e3:.2f} ms | {speed:.1f} | " + " | ".join(ratios) + " |")
-    return "\n".join(lines)
+        cells = [case, _duration(ours), *(column[at] for column in shown.values()), *ratios]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def _speed(row: Row) -> str:
+    return f"{row['bytes'] / row['median'] / 1e9:.1f}" if "bytes" in row else "-"
+
+
+def _share(row: Row) -> str:
+    return f"{row['copy_share']:.0%}" if "copy_share" in row else "-"
+
+
+def _peak(row: Row) -> str:
+    return "-" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e6:.1f}"
+
+
+_FIGURES = {"GB/s": _speed, "of copy": _share, "peak MB": _peak}
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """A table for each op, or for each test function that times something else.
+
+    Args:
+        results: a file that pytest-benchmark wrote.
+    """
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    subjects: dict[str, str] = {}
+    for b in results["benchmarks"]:
+        name = b["params"]["contender"]
+        subject = subjects.setdefault(b["group"], name)
+        title = b["extra_info"].get("op") or b["fullname"].split("::")[1].split("[")[0]
+        group = b["group"].removeprefix(f"{title} ")
+        row = {"group": group, "name": name, "median": b["stats"]["median"], **b["extra_info"]}
+        kinds.setdefault((title, subject), []).append(row)
+    return "\n\n".join(
+        f"`{title}`:\n\n{markdown_table(rows)}" for (title, _), rows in kinds.items()
+    )
 
 
 def main() -> None:
-    """Print the table of one results file."""
+    """Print the tables of one results file."""
     with open(sys.argv[1]) as file:
         results = json.load(file)
     info = results["machine_info"]
-    processor = info["cpu"].get("brand_raw", info["machine"])
+    device = info.get("gpu") or info["cpu"].get("brand_raw", info["machine"])
     print(
-        f"{processor}, {info['threads']} threads, torch {info['torch']}, {info['kernels']}; "
+        f"{device}, {info['threads']} threads, torch {info['torch']}, {info['kernels']}; "
         f"{results['datetime'][:10]}, commit {info['build_commit']}\n"
     )
-    rows = (
-        {
-            "group": b["group"],
-            "name": b["params"]["contender"],
-            "median": b["stats"]["median"],
-            **b["extra_info"],
-        }
-        for b in results["benchmarks"]
-    )
-    print(markdown_table(rows))
+    print(tables(results))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from baselines import Inputs
-from cases import OURS, Call, Case, check, default_backend, fitting, size
-from memory import peak_above
-from timing import copy_bandwidth, measure, rotated, within
 
-SECONDS = 0.3  # about, of the rounds of one contender
+from benchmarks.baselines import Inputs
+from benchmarks.cases import OURS, Call, Case, check, default_backend, fitting, size
+from benchmarks.memory import peak_above
+from benchmarks.timing import copy_bandwidth, measure, rotated, within
+
+SECONDS = 0.2  # about, of the rounds of one contender
 ROUNDS = 50
 WARM = 16  # calls in a graph on the same inputs
 
@@ -42,9 +43,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for each contender of each case that fits on the device."""
     config = metafunc.config
     device, small = config.getoption("device"), config.getoption("small")
-    default = ["float32", "bfloat16"] if device == "cpu" else ["bfloat16"]
-    dtypes = [getattr(torch, name) for name in config.getoption("dtype") or default]
-    cases, config.left_out = fitting(device, dtypes, small)
+    dtypes = [getattr(torch, name) for name in config.getoption("dtype")]
+    cases, config.left_out = fitting(device, small, dtypes)
     found = [(c, name) for c in cases.values() for name in c.contenders(device, not small)]
     metafunc.parametrize(
         ("case", "contender"), found, ids=[f"{c.name}, {name}" for c, name in found]
@@ -103,7 +103,7 @@ def test_op(benchmark: Any, request: pytest.FixtureRequest, case: Case, contende
         benchmark.extra_info["backend"] = default_backend(device)
     if device == "cuda":
         benchmark.extra_info |= graph_times(call, sets)
-    benchmark.pedantic(run, setup=lambda: ((next(rotation),), {}), rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(run, setup=lambda: ((next(rotation),), {}), rounds=rounds)
     if not benchmark.disabled:
         share = moved / benchmark.stats.stats.median / bandwidth(device)
         benchmark.extra_info["copy_share"] = share

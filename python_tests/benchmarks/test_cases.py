@@ -14,11 +14,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, no part of the package
+sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the package
 
-import cases  # noqa: E402
-import memory  # noqa: E402
-import timing  # noqa: E402
+from benchmarks import cases, gpu_ops, memory, timing  # noqa: E402
 
 SMALL = [case for kind in cases.CASES for case in cases.CASES[kind]("cpu", torch.float32, True)]
 
@@ -33,7 +31,7 @@ def test_every_op_has_a_case():
     from consensusdrop_kernels.ops import SCHEMAS
 
     for device in ("cpu", "cuda"):
-        found, _ = cases.fitting(device, [torch.bfloat16], small=False)
+        found, _ = cases.fitting(device, small=False)
         assert {case.op for case in found.values()} == set(SCHEMAS)
     assert {case.op for case in SMALL} == set(SCHEMAS)
 
@@ -83,15 +81,17 @@ def test_a_wrong_kernel_is_not_timed():
         cases.check(case, inputs, shifted)
 
 
-def test_what_does_not_fit_is_left_out_and_named():
-    found, left_out = cases.fitting("cpu", [torch.float32], small=False)
-    big = "select_merge B32 N2880 D4096 K160 hf float32"
-    assert big not in found
-    assert any(line.startswith(big) and "GB of inputs" in line for line in left_out)
-    assert any("GB of maps" in line for line in left_out)
-    for case in found.values():
-        assert cases.size(case.own(case.make("meta"))) <= cases.INPUT_LIMIT["cpu"]
-    assert big in cases.fitting("cuda", [torch.float32], small=False)[0]
+def test_what_does_not_fit_is_left_out_and_named(monkeypatch):
+    big = cases.fused("cpu", torch.float32, 32, cases.NEXT, 160)
+    assert cases.too_large(big, "cpu") == "3.4 GB of inputs, over 1"
+    assert cases.too_large(big, "cuda") == ""
+    monkeypatch.setattr(cases, "CASES", {"select_merge": lambda *_: iter([big])})
+    found, left_out = cases.fitting("cpu", True, [torch.float32])
+    assert found == {}
+    assert left_out == [f"{big.name}: 3.4 GB of inputs, over 1"]
+    large = cases.fused("cpu", torch.float32, 8, cases.LLAVA, 64)
+    assert large.left_out == ("eager maps, 24 layers: 4.1 GB of maps",)
+    assert len(large.make("meta")) == large.takes
 
 
 def test_rotated_sets_are_copies_in_the_same_layout():
@@ -147,8 +147,6 @@ def test_gpu_ops_writes_rows(tmp_path):
 
 
 def test_gpu_ops_goes_on_after_a_contender_that_fails():
-    import gpu_ops
-
     case = next(c for c in SMALL if c.op == "token_merge")
 
     def failing(inputs: Any) -> None:
