@@ -31,6 +31,7 @@ from benchmarks.accuracy.flops import Cost
 from benchmarks.accuracy.runs import FULL, Spec, parse_methods
 from benchmarks.end_to_end import clock, results
 from benchmarks.end_to_end.contenders import Contender, Counts, contenders, set_attention
+from benchmarks.end_to_end.maps import PLAIN
 from benchmarks.end_to_end.models import RANDOM, TINY, Inputs, Subject
 from benchmarks.end_to_end.phases import PHASES, watched
 from benchmarks.gpu import header
@@ -38,8 +39,10 @@ from consensusdrop_kernels import ConsensusDrop, patch
 from consensusdrop_kernels.cli import Parser, quiet_transformers
 from consensusdrop_kernels.demo import DemoError, first_sentence, kv_bytes
 
+_PLAIN = ",".join(f"{name}={value!r}" for name, value in PLAIN.items())
 METHODS = (
     "Random,ConsensusDrop,ConsensusDrop(probe='lookahead',probe_layer=2,label='lookahead'),"
+    f"ConsensusDrop({_PLAIN},label='plain consensus'),"
     "VisionDrop,AdaFV,VisionZip,FastV,PyramidDrop,SparseVLM,DivPrune"
 )
 FLOOR = "Random"

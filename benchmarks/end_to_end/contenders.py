@@ -21,7 +21,7 @@ from consensusdrop_kernels import Handle, patch
 from consensusdrop_kernels.demo import DemoError, first_sentence
 from consensusdrop_kernels.methods import Full, Method
 
-from .maps import RULES, Maps
+from .maps import Maps, has_form
 from .models import Subject
 
 #: How a row prunes: not at all, by our ops, or as research code does.
@@ -160,7 +160,7 @@ def contenders(
                 rows.append(Contender(spec.label, "ops", count, None, reason=row.reason))
                 continue
             rows.append(_patched(Contender(spec.label, "ops", count, row.method), subject))
-            if maps and spec.method in RULES and not spec.options:
+            if maps and has_form(row.method):
                 made = Contender(spec.label, "maps", count, spec.at(count).method)
                 rows.append(_mapped(made, subject))
     return rows

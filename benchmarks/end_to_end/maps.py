@@ -6,9 +6,10 @@ Written as one would who knows torch well: only what the rule reads runs eager, 
 batched, and prompts of one length are cut by slices. So it takes prompts of one length with one
 picture each, at the same place, and LLaVA and LLaVA-NeXT with a CLIP tower alone.
 
-The rules are those of `ConsensusDrop`, `VisionZip`, `DivPrune` with default options, and choose the
-same tokens. FastV goes by the map of the layer before the cut, as the paper does; ours asks the
-layer behind it, so that no layer has to give up its map.
+The rules are those of `VisionZip` and `DivPrune` with default options and of `ConsensusDrop` with
+those of `PLAIN`, which leave what can be read off a map: they choose the same tokens. FastV goes by
+the map of the layer before the cut, as the paper does; ours asks the layer behind it, so that no
+layer has to give up its map.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ class Maps:
 
     Args:
         model: a LLaVA or LLaVA-NeXT; its own copy, as its attention is changed.
-        method: the rule, with default options.
+        method: a rule of which `has_form` is true.
 
     Raises:
-        ValueError: there is no such form of this method, or for this model.
+        ValueError: there is no such form of this model.
     """
 
     def __init__(self, model: Any, method: Method) -> None:
@@ -73,11 +74,6 @@ class Maps:
             raise ValueError(
                 "the maps form is written for LLaVA and LLaVA-NeXT with a CLIP tower, whose "
                 "features are the patches of one layer"
-            )
-        if type(method) not in RULES or method != type(method)(keep=method.keep):
-            raise ValueError(
-                f"there is a maps form of {', '.join(k.__name__ for k in RULES)} with default "
-                f"options, not of {method!r}"
             )
         self.model = model
         self.keep = int(method.keep)
@@ -255,6 +251,20 @@ class Maps:
         return _rows(hidden, left), cut
 
 
+def has_form(method: Method) -> bool:
+    """Whether there is a maps form of a method with its options."""
+    if type(method) not in RULES:
+        return False
+    kind: Any = type(method)
+    options = PLAIN if kind is ConsensusDrop else {}
+    return bool(method == kind(keep=method.keep, **options))
+
+
+#: Options of `ConsensusDrop` by which it ranks, keeps the best and merges, and no more than that.
+PLAIN: dict[str, Any] = {
+    "rotary": True, "rows": "max", "diversity": 0.0, "positions": "compact",
+    "size_attention": False,
+}  # fmt: skip
 RULES: dict[type[Method], Callable[..., Chosen]] = {
     ConsensusDrop: Maps._consensus,
     VisionZip: Maps._zip,

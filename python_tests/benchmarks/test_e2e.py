@@ -19,6 +19,7 @@ from benchmarks import e2e
 from benchmarks.accuracy.runs import parse_methods
 from benchmarks.end_to_end import clock, models
 from benchmarks.end_to_end.contenders import Contender, contenders
+from benchmarks.end_to_end.maps import PLAIN
 from benchmarks.end_to_end.phases import PHASES, watched
 from consensusdrop_kernels import cli, patch
 from consensusdrop_kernels.demo import DemoError
@@ -26,6 +27,8 @@ from consensusdrop_kernels.methods import FastV
 
 CPU = torch.device("cpu")
 FULL_SIZE = dict(models.RANDOM)
+_OPTIONS = ",".join(f"{name}={value!r}" for name, value in PLAIN.items())
+CONSENSUS = f"ConsensusDrop({_OPTIONS},label='consensus')"
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +53,10 @@ def rows_of(subject: models.Subject, methods: str, *keeps: int) -> dict[str, Con
 
 
 @pytest.mark.parametrize("keep", [9, 64])
-@pytest.mark.parametrize("method", ["ConsensusDrop", "VisionZip", "DivPrune"])
+@pytest.mark.parametrize("method", [CONSENSUS, "VisionZip", "DivPrune"])
 def test_a_maps_form_chooses_and_merges_what_the_ops_do(tiny, method, keep):
-    rows = rows_of(tiny, method, keep)
-    ours, maps = rows[f"{method} {keep}"], rows[f"{method}, maps {keep}"]
+    _, ours, maps = rows_of(tiny, method, keep).values()
+    assert (ours.form, maps.form) == ("ops", "maps")
     for seed in range(3):
         inputs = tiny.request(seed)
         one = ours.generate(inputs, 2, output_logits=True)
@@ -83,8 +86,9 @@ def test_fastv_by_the_map_of_a_layer_chooses_what_the_op_chooses_there(tiny):
     assert lengths == [whole, whole, whole - 196 + 32, whole - 196 + 32]
 
 
-def test_a_maps_form_is_of_default_options_and_clip_towers_alone(tiny):
-    rows = rows_of(tiny, "ConsensusDrop(alpha=0.3,label='a'),Random,FastV(layer=1)", 8)
+def test_other_options_have_no_maps_form(tiny):
+    rows = rows_of(tiny, f"{CONSENSUS[:-1]},alpha=0.3),Random,FastV(layer=1)", 8)
+    assert len(rows) == 4
     assert [row for row in rows if "maps" in row] == []
 
 
@@ -211,7 +215,7 @@ def test_a_ratio_is_paired():
 
 @pytest.mark.parametrize("form", ["full", "ops", "maps"])
 def test_phases_add_up_to_the_whole(tiny, form):
-    made = contenders(tiny, parse_methods("ConsensusDrop"), [32], maps=True)
+    made = contenders(tiny, parse_methods(CONSENSUS), [32], maps=True)
     row = next(row for row in made if row.form == form)
     inputs = tiny.batch(1)
     row.generate(inputs, 1)
@@ -236,15 +240,15 @@ def test_phases_add_up_to_the_whole(tiny, form):
 
 
 def test_rows_hold_what_they_should(tiny):
-    specs = tuple(parse_methods("Random,ConsensusDrop,PyramidDrop"))
+    specs = tuple(parse_methods(f"Random,{CONSENSUS},PyramidDrop"))
     options = e2e.Options(specs, (32,), (2,), ("sdpa", "flash"), 3, 2)
     found = e2e.run(tiny, options)
     rows = {(row["attention"], row["name"]): row for row in found["rows"]}
     assert found["header"]["parameters"] == sum(p.numel() for p in tiny.model.parameters())
     assert "needs a GPU" in rows["flash", "Full"]["reason"]
     assert "the layers before the first stage" in rows["sdpa", "PyramidDrop 32"]["reason"]
-    full, ours = rows["sdpa", "Full"], rows["sdpa", "ConsensusDrop 32"]
-    maps = rows["sdpa", "ConsensusDrop, maps 32"]
+    full, ours = rows["sdpa", "Full"], rows["sdpa", "consensus 32"]
+    maps = rows["sdpa", "consensus, maps 32"]
     text = 9
     for row in (full, ours, maps):
         assert row["tokens"]["before"] == 196
