@@ -262,7 +262,7 @@ def has_form(method: Method) -> bool:
 
 #: Options of `ConsensusDrop` by which it ranks, keeps the best and merges, and no more than that.
 PLAIN: dict[str, Any] = {
-    "rotary": True, "rows": "max", "diversity": 0.0, "positions": "compact",
+    "rotary": True, "rows": "max", "diversity": 0.0, "positions": None,
     "size_attention": False,
 }  # fmt: skip
 RULES: dict[type[Method], Callable[..., Chosen]] = {
