@@ -402,7 +402,10 @@ class Hooks:
         """Let the prefill attend to merged tokens by their sizes, and the cache remember them."""
         cache, embeds = kwargs["past_key_values"], kwargs["inputs_embeds"]
         if is_static(cache):
-            raise NotImplementedError("size_attention can't use a static cache")
+            raise NotImplementedError(
+                "size_attention can't use a static cache; give the method size_attention=False, or "
+                "generate without one"
+            )
         sizes = [selection.size for selection in chosen]
         bias = key_bias(sizes, short.slots, *embeds.shape[:2])
         mask = kwargs["attention_mask"]

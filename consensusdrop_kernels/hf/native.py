@@ -56,7 +56,7 @@ class Native(Hooks):
         if method.size_attention:
             raise ValueError(
                 "backend='native' can't use size_attention, which changes attention in every step; "
-                "use backend='hooks'"
+                "give the method size_attention=False, or use backend='hooks'"
             )
         super().__init__(model, adapter, method, special, keep_signals, keep_breaks)
         if self._stages:
@@ -155,6 +155,12 @@ class Native(Hooks):
             raise NotImplementedError(
                 "backend='native' with original positions needs a prompt that ends in text: what "
                 "follows counts on from its last token"
+            )
+        if not (use_cache or self._compact or self._adapter.spatial_positions):
+            raise NotImplementedError(
+                "backend='native' with original positions needs a cache: without one transformers "
+                "takes a gap in the positions for the start of another sequence; give the method "
+                "positions='compact', or use backend='hooks'"
             )
         breaks = layout.breaks if self._keep_breaks else layout.unbroken(whole)
         short = shorten(embeds, positions, layout, chosen, self._compact, breaks)

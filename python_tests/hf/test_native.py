@@ -38,7 +38,9 @@ def llava() -> Family:
 
 
 def method(family: Family, **options: Any) -> ConsensusDrop:
-    return ConsensusDrop(keep=family.keep, **options)
+    return ConsensusDrop(
+        **{"keep": family.keep, "size_attention": False, "positions": None} | options
+    )
 
 
 def run(family: Family, backend: str, inputs: Inputs, chosen: Any = None, **options: Any) -> Any:
@@ -220,7 +222,9 @@ def test_removed_it_is_bit_for_bit_what_it_was(family: Family) -> None:
 def test_with_every_token_kept_nothing_changes(family: Family) -> None:
     batch = family.join(family.samples())
     want = family.model().generate(**batch, **GREEDY)
-    got, handle = run(family, "native", batch, ConsensusDrop(keep=1.0), **GREEDY)
+    got, handle = run(
+        family, "native", batch, ConsensusDrop(keep=1.0, size_attention=False), **GREEDY
+    )
     assert torch.equal(got.sequences, want.sequences)
     assert handle.last.tokens_after == handle.last.tokens_before
     torch.testing.assert_close(
@@ -621,7 +625,7 @@ def test_methods_that_change_the_decoder_are_refused(chosen: Method, says: str) 
     with pytest.raises(ValueError, match=says):
         patch(model, chosen, backend="native")
     assert "generate" not in vars(model)
-    patch(model, ConsensusDrop(keep=4), backend="native").remove()
+    patch(model, ConsensusDrop(keep=4, size_attention=False), backend="native").remove()
 
 
 def test_an_unknown_backend_is_refused() -> None:
@@ -635,7 +639,7 @@ def test_a_model_that_takes_no_features_is_refused() -> None:
     forward = model.model.forward
     model.model.forward = lambda input_ids=None, pixel_values=None: forward(input_ids)
     with pytest.raises(ValueError, match="takes mm_encoder_outputs, and LlavaModel does not"):
-        patch(model, ConsensusDrop(keep=4), backend="native")
+        patch(model, ConsensusDrop(keep=4, size_attention=False), backend="native")
 
 
 @needs_native
@@ -671,6 +675,8 @@ def test_prompts_that_are_refused() -> None:
     chosen = method(family, positions="original")
     with pytest.raises(NotImplementedError, match="needs a prompt that ends in text"):
         run(family, "native", cut, chosen, **GREEDY)
+    with pytest.raises(NotImplementedError, match="takes a gap in the positions for the start"):
+        run(family, "native", sample, chosen, use_cache=False, **GREEDY)
     want, _ = run(family, "hooks", cut, method(family), **GREEDY)
     got, _ = run(family, "native", cut, method(family), **GREEDY)
     assert torch.equal(got.sequences, want.sequences)
