@@ -280,7 +280,7 @@ def compare(
     ways: tuple[tuple[str, Method | None], ...] = (
         ("all tokens", None),
         ("ConsensusDrop", ConsensusDrop(keep=keep, alpha=alpha)),
-        ("random", Random(keep=keep, seed=seed)),
+        ("random", Random(keep=keep, seed=seed, positions="original")),
     )
     runs = [_answer(assistant, asked, *way) for way in ways]
     times: list[list[float]] = [[] for _ in ways]

@@ -16,14 +16,16 @@ from . import evaluate
 
 #: What varies around it. Depth 2 of the tiny models' four or five layers.
 MIDDLE: dict[str, Any] = {
-    "probe": "lookahead", "probe_layer": 2, "rows": "last", "diversity": 0.5,
+    "probe": "lookahead", "probe_layer": 2, "rows": "last", "rotary": True, "diversity": 0.5,
     "size_attention": True, "positions": "original",
 }  # fmt: skip
+#: The probe that costs the least.
+FOLDED: dict[str, Any] = {"probe": "static", "probe_layer": 0, "rows": "max", "rotary": False}
 
 PARTS: dict[str, list[dict[str, Any]]] = {
     "probe": [
         *({"probe": "static", "probe_layer": 0, "rows": rows} for rows in ("max", "mean", "last")),
-        {"probe": "static", "probe_layer": 0, "rows": "max", "rotary": False},
+        FOLDED,
         {"probe": "static", "probe_layer": 0, "rows": "max", "probe_context": "all"},
         *({"probe": "lookahead", "probe_layer": depth} for depth in (1, 2, 3)),
         *({"probe": "lookahead", "probe_layer": 2, "rows": rows} for rows in ("max", "mean")),
@@ -44,6 +46,11 @@ PARTS: dict[str, list[dict[str, Any]]] = {
         {"size_attention": False, "blend": 0.0},
         {"size_attention": False, "positions": "compact"},
         {"positions": "compact"},
+    ],
+    "folded": [
+        FOLDED | {"diversity": share, "alpha": alpha}
+        for share in (0.4, 0.5, 0.65)
+        for alpha in (0.0, 0.5, 0.75, 1.0)
     ],
 }
 

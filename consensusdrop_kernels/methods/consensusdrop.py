@@ -62,8 +62,10 @@ class ConsensusDrop(Method):
             stay as they are. "in_llm": what it really gets; then the tokens are dropped there,
             inside the decoder, and not before it, and the cache of earlier layers stays whole.
         probe_layer: LLM layer whose input norm and query/key projections are used.
-        rows: over the question's rows: "max", "mean", or "last" (only the last row).
-        rotary: rotate probe queries and keys by their positions, as the layer itself would.
+        rows: over the question's rows: "max", "mean", or "last" (only the last row); None is "max"
+            for the static probe and "last" for the others.
+        rotary: rotate probe queries and keys by their positions, as the layer would. Without,
+            the static probe need not project the keys where few rows ask.
         probe_context: softmax over the "visual" keys of the image alone, or over "all" keys a row
             sees; at `probe_layer=0` with rotary, "all" is exactly the attention the LLM computes.
         coverage: share of the kept tokens, 0..1, that go to an even spread over the patch grid (a
@@ -109,17 +111,17 @@ class ConsensusDrop(Method):
     fusion: str = "rank"
     probe: str = "static"
     probe_layer: int = 0
-    rows: str = "max"
+    rows: str | None = None
     rotary: bool = True
     probe_context: str = "visual"
     coverage: float = 0.0
-    diversity: float = 0.0
+    diversity: float = 0.65
     contextual: int = 0
     threshold: float = -1.0
     blend: float = 1.0
-    positions: str | None = None
+    positions: str | None = "original"
     budget_scope: str = "image"
-    size_attention: bool = False
+    size_attention: bool = True
     query: str | QueryRule = "after_image"
 
     def __post_init__(self) -> None:
@@ -133,7 +135,7 @@ class ConsensusDrop(Method):
                 f"probe_layer must be >= 1 with probe='in_llm' (the tokens are dropped before that "
                 f"layer), got {self.probe_layer}"
             )
-        check_choice("rows", self.rows, ROWS)
+        check_choice("rows", self.rows, (*ROWS, None))
         check_flag("rotary", self.rotary)
         check_flag("size_attention", self.size_attention)
         check_choice("probe_context", self.probe_context, CONTEXTS)
@@ -141,8 +143,8 @@ class ConsensusDrop(Method):
         check_range("diversity", self.diversity, 0.0, 1.0)
         if self.diversity > 0 and self.coverage > 0:
             raise ValueError(
-                "coverage must be 0 with diversity, which spreads tokens in its own way, got "
-                f"{self.coverage}"
+                "coverage must be 0 unless diversity is 0, which spreads tokens in its own way, "
+                f"got coverage={self.coverage} with diversity={self.diversity}"
             )
         check_count("contextual", self.contextual)
         check_range("threshold", self.threshold, -1.0, 1.0)
@@ -217,7 +219,7 @@ class ConsensusDrop(Method):
             query=self.query,
             lookahead=self.probe == "lookahead",
         )
-        if self.rows != "last":
+        if self._asking != "last":
             return probe
         lse = None if probe.lse is None else probe.lse[:, :, -1:]
         return probe._replace(q=probe.q[:, :, -1:], lse=lse, weight=probe.weight[:, -1:])
@@ -292,7 +294,12 @@ class ConsensusDrop(Method):
 
     @property
     def _reduce(self) -> str:
-        return "max" if self.rows == "max" else "mean"
+        return "max" if self._asking == "max" else "mean"
+
+    @property
+    def _asking(self) -> str:
+        """`rows`, as they are by default: deep in the LLM the last row holds the question."""
+        return self.rows or ("max" if self.probe == "static" else "last")
 
     def scores(self, signals: Signals) -> Scores:
         """The two saliencies and their consensus, by the parts of the fused op.

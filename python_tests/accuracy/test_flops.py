@@ -82,8 +82,9 @@ def test_what_a_choice_adds():
     stage = 2 * (n + text) * width * heads * d + 2 * width * heads * d
     stage += 2 * 2 * heads * d * (n + text)
     expected = {
-        ConsensusDrop(keep=keep): received + probe + merge,
-        ConsensusDrop(keep=keep, alpha=0.0): received + merge,
+        ConsensusDrop(keep=keep): received + probe + 2 * keep * n * inner + merge,
+        ConsensusDrop(keep=keep, diversity=0.0): received + probe + merge,
+        ConsensusDrop(keep=keep, diversity=0.0, alpha=0.0): received + merge,
         AdaFV(keep=keep): received + 2 * rows * n * width,
         DivPrune(keep=keep): 2 * keep * n * width + 2 * n * n * width,
         FastV(keep=keep, layer=1): stage,

@@ -67,25 +67,25 @@ def rivals(made, at):
 
 
 def test_each_is_compared_with_the_signals_alone():
-    made = plan(parse_methods("VisionDrop,ConsensusDrop(coverage=0.5),Full"), [32, 0.1])
+    made = plan(parse_methods("VisionDrop,ConsensusDrop(blend=0.5),Full"), [32, 0.1])
     assert rows(made)[:5] == [
         ("Full", None), ("VisionDrop", 32), ("VisionDrop", 0.1),
-        ("ConsensusDrop(coverage=0.5)", 32), ("ConsensusDrop(coverage=0.5)", 0.1),
+        ("ConsensusDrop(blend=0.5)", 32), ("ConsensusDrop(blend=0.5)", 0.1),
     ]  # fmt: skip
     assert sorted(made.against) == [1, 2, 3, 4]
     # The options of the ConsensusDrop in the list; each run once, whoever is compared with it.
     for at, keep in ((1, 32), (2, 0.1), (3, 32), (4, 0.1)):
         assert rivals(made, at) == [
-            ConsensusDrop(keep=keep, coverage=0.5, alpha=alpha) for alpha in (0, 1)
+            ConsensusDrop(keep=keep, blend=0.5, alpha=alpha) for alpha in (0, 1)
         ]
     assert made.extra == {5, 6, 7, 8}
 
 
 def test_each_consensus_with_its_own_options():
     made = plan(parse_methods("ConsensusDrop,ConsensusDrop(rows='last'),Random"), [8])
-    assert {m.rows for m in rivals(made, 1)} == {"max"}
+    assert {m.rows for m in rivals(made, 1)} == {None}
     assert {m.rows for m in rivals(made, 2)} == {"last"}
-    assert {m.rows for m in rivals(made, 3)} == {"max"}
+    assert {m.rows for m in rivals(made, 3)} == {None}
     assert {m.alpha for m in rivals(made, 2)} == {0, 1}
 
 

@@ -11,6 +11,7 @@ import torch
 from consensusdrop_kernels.hf import patch
 from consensusdrop_kernels.methods import ConsensusDrop, Random
 
+from .best import best_of
 from .contract import Unpatched, choices, pruned
 from .families import FAMILIES, Family
 
@@ -63,7 +64,7 @@ def test_a_padded_batch_is_what_each_prompt_is_alone(family: Family, kind: str) 
     plain = family.model()
     for where in positions(family):
         method = (
-            ConsensusDrop(keep=family.keep, positions=where)
+            best_of(keep=family.keep, positions=where)
             if kind == "consensus"
             else Random(keep=family.keep, positions=where)
         )
@@ -186,7 +187,7 @@ def test_the_loss_is_that_of_the_shorter_sequence(family: Family) -> None:
     for sample in family.samples():
         labels = torch.full_like(sample["input_ids"], -100)
         labels[:, -2:] = sample["input_ids"][:, -2:]
-        with patch(model, ConsensusDrop(keep=family.keep)) as handle:
+        with patch(model, best_of(keep=family.keep)) as handle:
             out = model(**sample, labels=labels)
             sequence, chosen = plain.inputs(sample), choices(handle.last, 0, 0)
         here = placeholders(family, sample["input_ids"][0])

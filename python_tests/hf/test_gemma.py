@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from consensusdrop_kernels.hf import patch, prefill
-from consensusdrop_kernels.methods import ConsensusDrop
 
 from . import test_contract as promises
+from .best import best_of
 from .families import FAMILIES, Family
 from .families.gemma import gemma3, join, paligemma, sample
 from .geometry import check_map, last_hidden_state, received
@@ -36,7 +36,7 @@ def pooled(saliency: torch.Tensor, side: int) -> torch.Tensor:
 def test_saliency_is_the_attention_that_a_token_receives(family: Family, attention: str) -> None:
     model, batch = family.model(), family.samples()[1]
     model.model.vision_tower.set_attn_implementation(attention)
-    with patch(model, ConsensusDrop(keep=3)) as handle:
+    with patch(model, best_of(keep=3)) as handle:
         model(**batch)
         visual = handle.last.scores.visual
     model.model.vision_tower.set_attn_implementation("eager")
@@ -79,7 +79,7 @@ def test_without_token_types_images_are_causal(size_attention: bool) -> None:
     for one in samples:
         one.pop("token_type_ids")
     batch = {k: v for k, v in join(GEMMA3.samples()).items() if k != "token_type_ids"}
-    method = ConsensusDrop(keep=0.4, size_attention=size_attention)
+    method = best_of(keep=0.4, size_attention=size_attention)
     with patch(model, method):
         whole = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
         again = model.generate(**batch, **options, use_cache=False)
@@ -108,7 +108,7 @@ def test_positions_start_at_one(where: str) -> None:
     model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
     )
-    with patch(model, ConsensusDrop(keep=4, positions=where)) as handle:
+    with patch(model, best_of(keep=4, positions=where)) as handle:
         model.generate(**one, max_new_tokens=3, do_sample=False)
         keep = handle.last.keep_mask[0]
     length = len(keep)
@@ -123,13 +123,13 @@ def test_positions_start_at_one(where: str) -> None:
 @torch.no_grad()
 def test_what_is_refused() -> None:
     model, one = PREFIX.model(), PREFIX.samples()[0]
-    with patch(model, ConsensusDrop(keep=4)):
+    with patch(model, best_of(keep=4)):
         with pytest.raises(ValueError, match="token_type_ids must come with the images"):
             model(**{k: v for k, v in one.items() if k != "token_type_ids"})
         with pytest.raises(NotImplementedError, match="static cache can't be pruned in a model"):
             model.generate(**one, max_new_tokens=2, cache_implementation="static")
     model, one = GEMMA3.model(), GEMMA3.samples()[0]
-    with patch(model, ConsensusDrop(keep=4)):
+    with patch(model, best_of(keep=4)):
         with pytest.raises(NotImplementedError, match="static cache can't be pruned in a model"):
             model.generate(**one, max_new_tokens=2, cache_implementation="static")
         model.model.language_model.set_attn_implementation("flex_attention")
@@ -140,4 +140,4 @@ def test_what_is_refused() -> None:
             model(**one)
     model.config.vision_config.model_type = "clip_vision_model"
     with pytest.raises(ValueError, match="must be a siglip_vision_model, got clip_vision_model"):
-        patch(model, ConsensusDrop(keep=4))
+        patch(model, best_of(keep=4))

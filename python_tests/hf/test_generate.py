@@ -16,9 +16,10 @@ from transformers import DynamicCache, StaticCache
 import consensusdrop_kernels.hf.hooks as hooks
 from consensusdrop_kernels.hf import patch
 from consensusdrop_kernels.hf.cache import state_of
-from consensusdrop_kernels.methods import ConsensusDrop, Random
+from consensusdrop_kernels.methods import Random
 
 from . import reference
+from .best import best_of
 from .models import TOKENS, batch, pixels, prompt, random_llava
 
 STEPS = 6
@@ -50,7 +51,7 @@ def check(out: Any, model: Any, prompts: list[list[int]], per: list[Tensor], **h
 def test_padded_batch_equals_the_oracle(text: str, positions: str) -> None:
     plain, model, images = random_llava(text), random_llava(text), pixels(2)
     inputs = batch(SHORT, LONG)
-    with patch(model, ConsensusDrop(keep=KEEP, positions=positions)):
+    with patch(model, best_of(keep=KEEP, positions=positions)):
         out = generate(model, inputs, images)
     assert torch.equal(out.sequences[:, : len(LONG)], inputs["input_ids"])
     check(out, plain, [SHORT, LONG], [images[:1], images[1:]], compact=positions == "compact")
@@ -60,7 +61,7 @@ def test_padded_batch_equals_the_oracle(text: str, positions: str) -> None:
 def test_several_images_beside_one_and_beside_text_alone(attention: str) -> None:
     plain, model, images = random_llava(), random_llava(), pixels(3)
     model.set_attn_implementation(attention)
-    with patch(model, ConsensusDrop(keep=KEEP)) as handle:
+    with patch(model, best_of(keep=KEEP)) as handle:
         out = generate(model, batch(TWO, TEXT, SHORT), images)
     check(out, plain, [TWO, TEXT, SHORT], [images[:2], images[:0], images[2:]])
     assert handle.last is not None
@@ -80,7 +81,7 @@ def test_several_images_beside_one_and_beside_text_alone(attention: str) -> None
 def test_probe_options_equal_the_oracle(how: dict[str, Any]) -> None:
     plain, model, images = random_llava(), random_llava(), pixels(2)
     names = {"layer": "probe_layer", "context": "probe_context", "reduce": "rows"}
-    method = ConsensusDrop(keep=KEEP, **{names.get(k, k): v for k, v in how.items()})
+    method = best_of(keep=KEEP, **{names.get(k, k): v for k, v in how.items()})
     with patch(model, method):
         out = generate(model, batch(SHORT, LONG), images)
     check(out, plain, [SHORT, LONG], [images[:1], images[1:]], **how)
@@ -98,7 +99,7 @@ def test_vision_feature_layer_counts_from_either_end() -> None:
     plain, model, images = random_llava(), random_llava(), pixels(1)
     for one in (plain, model):
         one.config.vision_feature_layer = 2
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         out = generate(model, batch(SHORT), images)
     check(out, plain, [SHORT], [images])
 
@@ -119,7 +120,7 @@ def _leave(*what: str) -> Any:
 def test_control_uncorrected_decoding_is_wrong(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, model, images = random_llava(), random_llava(), pixels(2)
     monkeypatch.setattr(hooks, "continue_call", _leave(what))
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         out = generate(model, batch(TWO, TEXT), images)
     with pytest.raises(AssertionError):
         check(out, plain, [TWO, TEXT], [images, images[:0]])
@@ -127,7 +128,7 @@ def test_control_uncorrected_decoding_is_wrong(what: str, monkeypatch: pytest.Mo
 
 def test_control_another_choice_gives_other_logits() -> None:
     plain, model, images = random_llava(), random_llava(), pixels(1)
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         out = generate(model, batch(SHORT), images)
     with pytest.raises(AssertionError):
         check(out, plain, [SHORT], [images], kept=torch.arange(KEEP))
@@ -140,7 +141,7 @@ def test_control_another_choice_gives_other_logits() -> None:
 def test_without_cache_the_tokens_are_the_same(positions: str, beams: int) -> None:
     """What was generated must not join the question, however often the prompt runs anew."""
     model = random_llava()
-    with patch(model, ConsensusDrop(keep=KEEP, alpha=1.0, positions=positions)):
+    with patch(model, best_of(keep=KEEP, alpha=1.0, positions=positions)):
         for seed in range(3):
             inputs, images = batch(prompt(3, 1, seed=seed), prompt(1, 5, seed=9)), pixels(2, seed)
             cached = generate(model, inputs, images, num_beams=beams)
@@ -156,7 +157,7 @@ def test_without_cache_the_tokens_are_the_same(positions: str, beams: int) -> No
 def test_after_generation_a_plain_call_is_a_prompt_of_its_own() -> None:
     model, images = random_llava(), pixels(1)
     longer = torch.tensor([[*SHORT, 5, 6]])
-    with patch(model, ConsensusDrop(keep=KEEP, alpha=1.0)) as handle:
+    with patch(model, best_of(keep=KEEP, alpha=1.0)) as handle:
         model(input_ids=longer, pixel_values=images, use_cache=False)
         want = handle.last.scores.textual
         generate(model, batch(SHORT), images, use_cache=False)
@@ -167,7 +168,7 @@ def test_after_generation_a_plain_call_is_a_prompt_of_its_own() -> None:
 def test_without_cache_and_mask_gaps_are_no_packed_sequences() -> None:
     model, images = random_llava(), pixels(1)
     ids = torch.tensor([SHORT])
-    with patch(model, ConsensusDrop(keep=KEEP, positions="original")), torch.no_grad():
+    with patch(model, best_of(keep=KEEP, positions="original")), torch.no_grad():
         with_mask = model(
             input_ids=ids, pixel_values=images, attention_mask=torch.ones_like(ids)
         ).logits
@@ -182,7 +183,7 @@ def test_beams_equal_the_beams_of_the_pruned_prompt(images_per_prompt: int) -> N
     words = SHORT if images_per_prompt == 1 else TWO
     images = images[:1] if images_per_prompt == 1 else images[:1].expand(2, -1, -1, -1)
     options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": STEPS}
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         out = model.generate(**batch(words), pixel_values=images, do_sample=False, **options)
     with torch.no_grad():
         sequence = reference.pruned(plain, torch.tensor(words), images, keep=KEEP)
@@ -199,7 +200,7 @@ def test_beams_equal_the_beams_of_the_pruned_prompt(images_per_prompt: int) -> N
 def test_beams_of_a_batch_are_those_of_each_prompt() -> None:
     model, images = random_llava(), pixels(2)
     options: dict[str, Any] = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 4}
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         both = model.generate(**batch(SHORT, LONG), pixel_values=images, do_sample=False, **options)
         for at, words in enumerate((SHORT, LONG)):
             alone = model.generate(
@@ -210,7 +211,7 @@ def test_beams_of_a_batch_are_those_of_each_prompt() -> None:
 
 def test_sampling_draws_from_the_pruned_distribution() -> None:
     model, images = random_llava(), pixels(1)
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         greedy = generate(model, batch(SHORT), images)
         torch.manual_seed(0)
         out = model.generate(
@@ -226,7 +227,7 @@ def test_prompt_lookup_decoding_gives_the_greedy_tokens() -> None:
     """Drafts come with the first call already; they must not pass for the question."""
     model, images = random_llava(), pixels(1)
     words = [*SHORT, 5, 6, 7, 5, 6]
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         plain = generate(model, batch(words), images)
         looked = generate(model, batch(words), images, prompt_lookup_num_tokens=2)
     assert torch.equal(plain.sequences, looked.sequences)
@@ -242,7 +243,7 @@ def test_hand_written_loop(given: str, positions: str) -> None:
     mask, ids, cache, logits = inputs["attention_mask"], inputs["input_ids"], None, []
     new: list[Tensor] = []
     first: dict[str, Any] = {"pixel_values": torch.cat(per)}
-    with patch(model, ConsensusDrop(keep=KEEP, positions=positions)), torch.no_grad():
+    with patch(model, best_of(keep=KEEP, positions=positions)), torch.no_grad():
         for _ in range(STEPS):
             where = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
             if given == "mask and positions":
@@ -263,7 +264,7 @@ def test_hand_written_loop_without_mask_or_positions() -> None:
     plain, model, images = random_llava(), random_llava(), pixels(1)
     ids, cache, logits, new = torch.tensor([SHORT]), None, [], []
     first: dict[str, Any] = {"pixel_values": images}
-    with patch(model, ConsensusDrop(keep=KEEP)), torch.no_grad():
+    with patch(model, best_of(keep=KEEP)), torch.no_grad():
         for _ in range(STEPS):
             out = model(input_ids=ids, past_key_values=cache, **first)
             cache, first = out.past_key_values, {}
@@ -277,7 +278,7 @@ def test_hand_written_loop_without_mask_or_positions() -> None:
 def test_right_padded_rows_answer_as_if_alone() -> None:
     model, images = random_llava(), pixels(2)
     inputs = batch(SHORT, LONG, side="right")
-    with patch(model, ConsensusDrop(keep=KEEP)), torch.no_grad():
+    with patch(model, best_of(keep=KEEP)), torch.no_grad():
         both = model(**inputs, pixel_values=images).logits
         alone = model(input_ids=torch.tensor([SHORT]), pixel_values=images[:1]).logits
     torch.testing.assert_close(both[0, : len(SHORT)], alone[0], atol=1e-4, rtol=1e-4)
@@ -285,7 +286,7 @@ def test_right_padded_rows_answer_as_if_alone() -> None:
 
 def test_a_new_image_beside_it_changes_nothing() -> None:
     model = random_llava()
-    with patch(model, ConsensusDrop(keep=KEEP)) as handle:
+    with patch(model, best_of(keep=KEEP)) as handle:
         rows = []
         for seed in (1, 2):
             images = torch.cat([pixels(1), pixels(1, seed)])
@@ -298,7 +299,7 @@ def test_a_new_image_beside_it_changes_nothing() -> None:
 def test_threads_do_not_mix() -> None:
     model = random_llava()
     cases = [(prompt(n, 3 + n, seed=n), pixels(1, n)) for n in range(6)]
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         want = [generate(model, batch(w), i).sequences.tolist() for w, i in cases]
         got: list[Any] = [None] * len(cases)
 
@@ -316,7 +317,7 @@ def test_threads_do_not_mix() -> None:
 
 def test_a_copied_cache_continues_like_the_original() -> None:
     model, images = random_llava(), pixels(1)
-    with patch(model, ConsensusDrop(keep=KEEP)), torch.no_grad():
+    with patch(model, best_of(keep=KEEP)), torch.no_grad():
         out = model(input_ids=torch.tensor([SHORT]), pixel_values=images)
         twin = copy.deepcopy(out.past_key_values)
         step = torch.tensor([[5]])
@@ -341,7 +342,7 @@ def longer(mask: Tensor, *rows: list[int]) -> Tensor:
 def test_padding_among_several_new_tokens_stays_hidden() -> None:
     """A row whose new turn is shorter answers as if it were alone, then and one token later."""
     model, turn = random_llava(), torch.tensor([[5, 6, 7], [0, 8, 9]])
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         cache, mask = prefill(model, SHORT, SHORT)
         alone = copy.deepcopy(cache)
         alone.batch_select_indices(torch.tensor([1]))
@@ -364,7 +365,7 @@ def test_the_state_follows_the_rows_of_the_cache(static: bool) -> None:
     model, words, step = random_llava(), (SHORT, LONG), torch.tensor([[5], [6]])
     if static:  # which takes no padding
         words = (SHORT, SHORT)
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         inputs = batch(*words)
         cache = None
         if static:
@@ -391,7 +392,7 @@ def test_the_state_follows_the_rows_of_the_cache(static: bool) -> None:
 
 def test_a_pruned_cache_is_still_one_of_its_class() -> None:
     model = random_llava()
-    with patch(model, ConsensusDrop(keep=KEEP)), torch.no_grad():
+    with patch(model, best_of(keep=KEEP)), torch.no_grad():
         cache, _ = prefill(model, SHORT)
     assert isinstance(cache, DynamicCache)
     assert type(cache).__name__ == "DynamicCache"
@@ -404,7 +405,7 @@ def test_a_pruned_cache_is_still_one_of_its_class() -> None:
 def test_a_row_that_has_ended_may_stand_still() -> None:
     """Loops that pad ended rows count their positions by the mask."""
     model = random_llava()
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         cache, mask = prefill(model, SHORT, LONG)
         for _ in range(3):
             mask = longer(mask, [1], [0])
@@ -421,7 +422,7 @@ def test_a_row_that_has_ended_may_stand_still() -> None:
 
 def test_static_cache_without_padding() -> None:
     model, images = random_llava(), pixels(1)
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         want = generate(model, batch(SHORT), images)
         options = {"cache_implementation": "static", "disable_compile": True}
         out = generate(model, batch(SHORT), images, **options)
@@ -431,7 +432,7 @@ def test_static_cache_without_padding() -> None:
 def test_a_reset_cache_has_forgotten_the_pruning() -> None:
     model, images = random_llava(), pixels(1)
     cache = StaticCache(config=model.config.text_config, max_cache_len=64)
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         want = generate(model, batch(SHORT), images)
         for _ in range(2):
             out = generate(model, batch(SHORT), images, past_key_values=cache, disable_compile=True)
@@ -448,7 +449,7 @@ def test_a_decode_step_does_not_ask_a_static_cache_for_its_length(
     model, words = random_llava(), SHORT if pruned else TEXT
     cache: Any = StaticCache(config=model.config.text_config, max_cache_len=64)
     given = {"pixel_values": pixels(1)} if pruned else {}
-    with patch(model, ConsensusDrop(keep=KEEP)) as handle:
+    with patch(model, best_of(keep=KEEP)) as handle:
         model(**batch(words), **given, past_key_values=cache)
         monkeypatch.setattr("consensusdrop_kernels.hf.cache._may_look", lambda t: False)
         monkeypatch.setattr(type(cache), "get_seq_length", lambda *args: pytest.fail("asked"))
@@ -464,10 +465,10 @@ def test_modules_that_accelerate_dispatches(beams: int) -> None:
     """Weights that come and go with each call, inputs that are rebuilt on their way."""
     accelerate = pytest.importorskip("accelerate")
     model, images = random_llava(), pixels(3)
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         want = generate(model, batch(TWO, SHORT), images, num_beams=beams)
     spread = accelerate.cpu_offload(random_llava(), execution_device=torch.device("cpu"))
-    with patch(spread, ConsensusDrop(keep=KEEP)):
+    with patch(spread, best_of(keep=KEEP)):
         out = generate(spread, batch(TWO, SHORT), images, num_beams=beams)
     assert torch.equal(out.sequences, want.sequences)
 
@@ -477,8 +478,8 @@ def test_budget_of_everything_is_the_unpatched_model() -> None:
     inputs = batch(TWO, TEXT, SHORT)
     before = generate(model, inputs, images)
     for method in (
-        ConsensusDrop(keep=1.0),
-        ConsensusDrop(keep=TOKENS - 3, contextual=3),
+        best_of(keep=1.0),
+        best_of(keep=TOKENS - 3, contextual=3),
         Random(keep=TOKENS),
     ):
         with patch(model, method):

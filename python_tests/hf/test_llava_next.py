@@ -13,9 +13,10 @@ from transformers import CLIPVisionConfig
 
 from consensusdrop_kernels.hf import Encoded, llava_next, patch
 from consensusdrop_kernels.hf.adapter import find
-from consensusdrop_kernels.methods import ConsensusDrop, Random
+from consensusdrop_kernels.methods import Random
 
 from . import test_contract as contract
+from .best import best_of
 from .contract import Unpatched, choices, pruned
 from .families import Family, Inputs
 from .families.llava_next import (
@@ -65,7 +66,7 @@ def arguments(model: Any, inputs: Inputs, modality: str) -> dict[str, Any]:
 
 def encoded(model: Any, inputs: Inputs, modality: str = "image") -> Encoded:
     """What a patched model notes of pictures."""
-    with patch(model, ConsensusDrop(keep=2)), torch.no_grad():
+    with patch(model, best_of(keep=2)), torch.no_grad():
         call = getattr(model.model, f"get_{modality}_features")
         return call(**arguments(model, inputs, modality), return_dict=True)._cdrop
 
@@ -268,7 +269,7 @@ def test_beams_over_images_of_several_sizes_in_a_prompt() -> None:
     model = model_of("llava_next")
     inputs = sample("llava_next", 0, 1, ("image", SIZES[0]), 2, ("image", SIZES[2]), 3)
     options: dict[str, Any] = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
-    with patch(model, ConsensusDrop(keep=5)) as handle:
+    with patch(model, best_of(keep=5)) as handle:
         if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
             with pytest.raises(ValueError, match="must be whole images"):
                 model.generate(**inputs, **options)
@@ -282,7 +283,7 @@ def test_beams_over_images_of_several_sizes_in_a_prompt() -> None:
 def test_crops_have_budgets_of_their_own(name: str) -> None:
     model = model_of(name)
     inputs = sample(name, 0, 2, ("image", SIZES[0]), 3)
-    with patch(model, ConsensusDrop(keep=3, budget_scope="crop")) as handle:
+    with patch(model, best_of(keep=3, budget_scope="crop")) as handle:
         model(**inputs)
         assert handle.last.grids == ((4, 4), (4, 8))
         assert handle.last.tokens_after == (6,)
@@ -291,7 +292,7 @@ def test_crops_have_budgets_of_their_own(name: str) -> None:
         assert small.tolist() == list(range(first, first + 16))
         rows = [first + 16 + 9 * row + column for row in range(4) for column in range(8)]
         assert large.tolist() == rows
-    with patch(model, ConsensusDrop(keep=3)) as handle:
+    with patch(model, best_of(keep=3)) as handle:
         model(**inputs)
         assert handle.last.tokens_after == (3,)
         assert handle.last.grid == (4, 8)
@@ -304,7 +305,7 @@ def test_breaks(name: str, breaks: str) -> None:
     """Dropped, or kept beyond the budget, where they stood."""
     model, plain = model_of(name), Unpatched(model_of(name))
     inputs = sample(name, 4, 2, ("image", SIZES[0]), 3)
-    with patch(model, ConsensusDrop(keep=6), breaks=breaks) as handle:
+    with patch(model, best_of(keep=6), breaks=breaks) as handle:
         logits = model(**inputs).logits[0, -1]
         assert handle.last.tokens_after == (6 + 4 * (breaks == "keep"),)
         chosen = choices(handle.last, 0, 0)
@@ -318,7 +319,7 @@ def test_breaks(name: str, breaks: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [ConsensusDrop(keep=16), Random(keep=16)])
+@pytest.mark.parametrize("method", [best_of(keep=16), Random(keep=16)])
 def test_an_image_that_stays_whole_keeps_its_breaks(method: Any) -> None:
     """Whatever becomes of the others in its batch or its prompt."""
     name = "llava_onevision"
@@ -333,7 +334,7 @@ def test_an_image_that_stays_whole_keeps_its_breaks(method: Any) -> None:
         assert handle.last.tokens_after == (34, 16)
     torch.testing.assert_close(alone, want)
     torch.testing.assert_close(batch, want, atol=1e-4, rtol=1e-4)
-    with patch(model, ConsensusDrop(keep=16, budget_scope="crop")) as handle:
+    with patch(model, best_of(keep=16, budget_scope="crop")) as handle:
         model(**large)  # the small tile is whole, the image is not
         assert handle.last.tokens_after == (32,)
 
@@ -366,7 +367,7 @@ def test_bfloat16_runs(name: str) -> None:
     model = model_of(name).to(torch.bfloat16)
     inputs = one_each(name)
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
-    with patch(model, ConsensusDrop(keep=6)) as handle:
+    with patch(model, best_of(keep=6)) as handle:
         out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert handle.last.tokens_after == (6,) * len(SIZES)
     assert out.shape[1] == inputs["input_ids"].shape[1] + 2
@@ -381,7 +382,7 @@ def test_tiles_without_padding_and_sizes_as_a_list() -> None:
         "pixel_values": tile_pixels(inputs, SIZES),
         "image_sizes": [list(size) for size in SIZES],
     }
-    with patch(model, ConsensusDrop(keep=6)):
+    with patch(model, best_of(keep=6)):
         want, got = model(**inputs).logits, model(**tight).logits
     torch.testing.assert_close(got, want)
 
@@ -395,7 +396,7 @@ def test_pooling_modes(mode: str) -> None:
 
 
 def test_what_is_refused() -> None:
-    method = ConsensusDrop(keep=2)
+    method = best_of(keep=2)
     with pytest.raises(ValueError, match="spatial_pool_mode must be 'average' or 'max'"):
         patch(model_of("llava_next_video", spatial_pool_mode="conv"), method)
     cases = [

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from consensusdrop_kernels.hf import patch
-from consensusdrop_kernels.methods import ConsensusDrop
 
+from .best import best_of
 from .contract import Unpatched, choices, pruned
 from .families import Inputs
 from .families.llava import build, sample
@@ -41,7 +41,7 @@ def prompt_for(kind: str) -> Inputs:
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_scores_are_those_of_the_eager_attention_map(kind: str) -> None:
     model, inputs = model_of(kind), prompt_for(kind)
-    with patch(model, ConsensusDrop(keep=4)) as handle:
+    with patch(model, best_of(keep=4)) as handle:
         model(**inputs)
         visual = handle.last.scores.visual
     tower = model.model.vision_tower
@@ -64,7 +64,7 @@ def test_a_score_goes_where_its_patch_goes(kind: str) -> None:
         return (entered[-1],)
 
     model.model.multi_modal_projector.register_forward_pre_hook(enter)
-    with patch(model, ConsensusDrop(keep=4)):
+    with patch(model, best_of(keep=4)):
         output = model.model.get_image_features(inputs["pixel_values"], return_dict=True)
     found = output._cdrop
     for image, rows in enumerate(output.pooler_output):
@@ -87,7 +87,7 @@ def test_the_class_token_in_the_prompt(breaks: str) -> None:
     """Dropped with the strategy "full", or kept beyond the budget."""
     model, plain = model_of("clip-full"), Unpatched(model_of("clip-full"))
     inputs = prompt_for("clip-full")
-    with patch(model, ConsensusDrop(keep=4), breaks=breaks) as handle:
+    with patch(model, best_of(keep=4), breaks=breaks) as handle:
         logits = model(**inputs).logits[0, -1]
         assert handle.last.tokens_after == (8 + 2 * (breaks == "keep"),)
         chosen = choices(handle.last, 0, 0)
@@ -103,7 +103,7 @@ def test_the_class_token_in_the_prompt(breaks: str) -> None:
 def test_the_strategy_of_a_call() -> None:
     """An argument of the call goes before the config."""
     model = model_of("clip")
-    with patch(model, ConsensusDrop(keep=4)) as handle:
+    with patch(model, best_of(keep=4)) as handle:
         model(**prompt_for("clip-full"), vision_feature_select_strategy="full")
         assert handle.last.tokens_before == (2 * TOKENS + 2,)
         assert [len(c) for c in handle.last.columns] == [TOKENS, TOKENS]

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from consensusdrop_kernels.hf import patch
-from consensusdrop_kernels.methods import ConsensusDrop, Method, Random, Selection, Signals
+from consensusdrop_kernels.methods import Method, Random, Selection, Signals
 
 from . import reference
+from .best import best_of
 from .models import TOKENS, batch, pixels, prompt, random_llava, trained
 
 SHORT, LONG, TEXT = prompt(2, 4, seed=1), prompt(5, 9, seed=2), prompt(7, seed=3)
@@ -21,7 +22,7 @@ def test_logits_of_every_place(positions: str) -> None:
     """A place that was dropped shows the logits of the last token left before it."""
     plain, model, images = random_llava(), random_llava(), pixels(1)
     ids = torch.tensor([SHORT])
-    with patch(model, ConsensusDrop(keep=KEEP, positions=positions)) as handle:
+    with patch(model, best_of(keep=KEEP, positions=positions)) as handle:
         got = model(input_ids=ids, pixel_values=images).logits[0]
         keep = handle.last.keep_mask[0]
         tail = model(input_ids=ids, pixel_values=images, logits_to_keep=1).logits
@@ -45,7 +46,7 @@ def test_loss_and_gradient_are_those_of_the_pruned_prompt() -> None:
     plain, model, images, after = random_llava(), random_llava(), pixels(1), 2
     ids = torch.tensor([SHORT])
     labels = supervise(ids, after)
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         loss = model(input_ids=ids, pixel_values=images, labels=labels).loss
         loss.backward()
     sequence = reference.pruned(plain, ids[0], images, keep=KEEP, answer=after)
@@ -79,7 +80,7 @@ def test_labelled_tokens_do_not_choose(context: str) -> None:
     labels[1, -8:-6] = inputs["input_ids"][1, -8:-6]
     answer = labels != -100
     other = inputs["input_ids"].masked_fill(answer, 7)
-    method = ConsensusDrop(keep=KEEP, alpha=1.0, probe_context=context)
+    method = best_of(keep=KEEP, alpha=1.0, probe_context=context)
     with patch(model, method) as handle:
 
         def scores(ids: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
@@ -103,10 +104,10 @@ def test_without_unlabelled_text_after_the_image() -> None:
     def before_image(ids: torch.Tensor, visual: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         return valid & (visual.cumsum(1) == 0)
 
-    with patch(model, ConsensusDrop(keep=KEEP, query=before_image)) as handle:
+    with patch(model, best_of(keep=KEEP, query=before_image)) as handle:
         model(input_ids=ids, pixel_values=images)
         want = handle.last.scores.textual
-    with patch(model, ConsensusDrop(keep=KEEP)) as handle:
+    with patch(model, best_of(keep=KEEP)) as handle:
         model(input_ids=ids, pixel_values=images, labels=supervise(ids, after))
         torch.testing.assert_close(handle.last.scores.textual, want)
         with pytest.warns(UserWarning, match="no text"):
@@ -117,7 +118,7 @@ def test_without_unlabelled_text_after_the_image() -> None:
 @torch.no_grad()
 def test_labels_of_the_last_tokens_alone() -> None:
     model, images, ids = random_llava(), pixels(1), torch.tensor([SHORT])
-    with patch(model, ConsensusDrop(keep=KEEP)) as handle:
+    with patch(model, best_of(keep=KEEP)) as handle:
         model(input_ids=ids, pixel_values=images, labels=supervise(ids, 2))
         want = handle.last.scores.textual
         tail = {"labels": supervise(ids, 2)[:, -3:], "logits_to_keep": 3}
@@ -130,7 +131,7 @@ def test_labels_of_the_last_tokens_alone() -> None:
 @torch.no_grad()
 def test_hidden_states_are_those_of_the_tokens_left() -> None:
     model, images, ids = random_llava(), pixels(1), torch.tensor([SHORT])
-    with patch(model, ConsensusDrop(keep=KEEP)):
+    with patch(model, best_of(keep=KEEP)):
         out = model(input_ids=ids, pixel_values=images, output_hidden_states=True)
     assert out.logits.shape[1] == len(SHORT)
     assert {h.shape[1] for h in out.hidden_states} == {len(SHORT) - TOKENS + KEEP}
@@ -141,7 +142,7 @@ def test_an_answer_to_be_scored_does_not_choose() -> None:
     """With `logits_to_keep = answer + 1` the choice is the one the prompt alone leads to."""
     model, images, answer = random_llava(), pixels(1), [7, 8, 9]
     ids = torch.tensor([[*SHORT, *answer]])
-    with patch(model, ConsensusDrop(keep=KEEP, alpha=1.0)) as handle:
+    with patch(model, best_of(keep=KEEP, alpha=1.0)) as handle:
         model(input_ids=torch.tensor([SHORT]), pixel_values=images)
         prompt_alone = handle.last.selection.index
         out = model(input_ids=ids, pixel_values=images, logits_to_keep=4).logits
@@ -154,7 +155,7 @@ def test_an_answer_to_be_scored_does_not_choose() -> None:
 def test_report() -> None:
     model, images = random_llava(), pixels(2)
     inputs = batch(SHORT, TEXT, LONG)
-    method = ConsensusDrop(keep=KEEP, contextual=2)
+    method = best_of(keep=KEEP, contextual=2)
     with patch(model, method) as handle:
         assert handle.last is None
         assert handle.method is method
@@ -186,14 +187,14 @@ def test_report() -> None:
 @torch.no_grad()
 def test_cache_bytes_are_those_of_the_real_cache() -> None:
     model, images = random_llava(), pixels(2)
-    with patch(model, ConsensusDrop(keep=KEEP)) as handle:
+    with patch(model, best_of(keep=KEEP)) as handle:
         cache = model(**batch(SHORT, LONG), pixel_values=images).past_key_values
         held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
         assert handle.stats.kv_bytes_after == held
         model(**batch(SHORT, LONG), pixel_values=images, use_cache=False)
         assert handle.stats.kv_bytes_after == held
         assert handle.stats.prefills == 2
-    with patch(model, ConsensusDrop(keep=1.0)) as handle:
+    with patch(model, best_of(keep=1.0)) as handle:
         model(**batch(SHORT, LONG), pixel_values=images, use_cache=False)
         assert handle.stats.kv_bytes_before == handle.stats.kv_bytes_after == 0
         model(**batch(SHORT, LONG), pixel_values=images)
@@ -203,7 +204,7 @@ def test_cache_bytes_are_those_of_the_real_cache() -> None:
 @torch.no_grad()
 def test_scores_need_kept_signals() -> None:
     model, images = random_llava(), pixels(1)
-    with patch(model, ConsensusDrop(keep=KEEP), keep_signals=False) as handle:
+    with patch(model, best_of(keep=KEEP), keep_signals=False) as handle:
         model(**batch(SHORT), pixel_values=images)
         with pytest.raises(RuntimeError, match="keep_signals=True"):
             _ = handle.last.scores
@@ -218,7 +219,7 @@ def test_scores_can_be_read_when_everything_is_kept() -> None:
     model, images = random_llava(), pixels(1)
     rows = []
     for keep in (1.0, KEEP):
-        with patch(model, ConsensusDrop(keep=keep)) as handle:
+        with patch(model, best_of(keep=keep)) as handle:
             model(**batch(SHORT), pixel_values=images)
             rows.append(handle.last)
     for every, few in zip(rows[0].scores, rows[1].scores, strict=True):
@@ -265,7 +266,7 @@ def test_control_tokens_are_no_question_with_a_processor() -> None:
         "input_ids": torch.tensor([[start] + [image] * 196]),
         "pixel_values": torch.zeros(1, 3, 112, 112),
     }
-    method = ConsensusDrop(keep=20)
+    method = best_of(keep=20)
     with patch(model, method) as handle, torch.no_grad():
         model(**inputs)
         assert handle.last.scores.textual is not None

@@ -14,13 +14,14 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_i
 from consensusdrop_kernels.hf import patch
 from consensusdrop_kernels.hf.adapter import Encoded, find
 from consensusdrop_kernels.hf.layout import merge_alike
-from consensusdrop_kernels.methods import ConsensusDrop, Random, Signals
+from consensusdrop_kernels.methods import Random, Signals
 
+from .best import best_of
 from .families import FAMILIES, Inputs
 from .families.qwen_vl import IMAGE, MERGE, VIDEO, join, sample
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
-METHOD = ConsensusDrop(keep=0.4)
+METHOD = best_of(keep=0.4)
 PICTURES = {"image": [("image", (1, 6, 8)), ("image", (1, 6, 4))], "video": [("video", (3, 4, 6))]}
 SOURCES = [(name, kind) for name in NAMES for kind in PICTURES]
 
@@ -192,7 +193,7 @@ def test_probe_over_all_keys_is_the_first_layers_attention(name: str) -> None:
     """Positions in space, grouped heads, padding: what layer 0 computes on the whole prompt."""
     family = FAMILIES[f"{name}-images"]
     model, samples = family.model(), family.samples()
-    method = ConsensusDrop(keep=0.4, probe_context="all", rows="last")
+    method = best_of(keep=0.4, probe_context="all", rows="last")
     with patch(model, method) as handle:
         model.generate(**family.join(samples), max_new_tokens=1, do_sample=False)
         last = handle.last
@@ -409,9 +410,7 @@ def test_what_early_layers_add_is_merged_as_the_tokens_are(
     threshold: float, blend: float, contextual: int
 ) -> None:
     torch.manual_seed(3)
-    method = ConsensusDrop(
-        keep=5, alpha=0.0, threshold=threshold, blend=blend, contextual=contextual
-    )
+    method = best_of(keep=5, alpha=0.0, threshold=threshold, blend=blend, contextual=contextual)
     x = torch.randn(2, 20, 6)
     signals = Signals(x, (4, 5), visual=torch.rand(2, 20), metric=torch.randn(2, 20, 4))
     chosen = method.select(signals)
@@ -426,7 +425,7 @@ def test_what_early_layers_add_is_merged_as_the_tokens_are(
 @pytest.mark.parametrize("name", NAMES)
 def test_compact_positions_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="height and width, got 'compact'"):
-        patch(model_of(name), ConsensusDrop(keep=4, positions="compact"))
+        patch(model_of(name), best_of(keep=4, positions="compact"))
 
 
 def test_a_tower_of_windows_alone_is_refused() -> None:

@@ -14,9 +14,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from consensusdrop_kernels.hf import patch, probe
 from consensusdrop_kernels.hf.adapter import find
 from consensusdrop_kernels.hf.query import question_mask
-from consensusdrop_kernels.methods import ConsensusDrop
 
 from . import reference
+from .best import best_of
 from .families import FAMILIES, Family
 from .models import TOKENS, batch, pixels, prompt, random_llava
 
@@ -29,7 +29,7 @@ def test_tap_is_the_eager_attention_of_the_class_row(attention: str) -> None:
     model, images = random_llava(), pixels(2)
     model.set_attn_implementation(attention)
     words = batch(WORDS, WORDS)
-    with patch(model, ConsensusDrop(keep=3)) as handle:
+    with patch(model, best_of(keep=3)) as handle:
         model(**words, pixel_values=images)
         visual = handle.last.scores.visual
     model.set_attn_implementation("eager")
@@ -43,7 +43,7 @@ def test_probe_over_all_keys_is_the_first_layers_attention(text: str) -> None:
     """Padded, with grouped heads: what layer 0 computes on the whole prompt, to rounding."""
     model, images = random_llava(text), pixels(2)
     inputs = batch(WORDS, prompt(5, 7, seed=2))
-    method = ConsensusDrop(keep=3, probe_context="all", rows="mean")
+    method = best_of(keep=3, probe_context="all", rows="mean")
     with patch(model, method) as handle:
         model.generate(**inputs, pixel_values=images, max_new_tokens=1)
         got = handle.last.scores.textual
@@ -60,7 +60,7 @@ def test_probe_over_all_keys_is_the_first_layers_attention(text: str) -> None:
 def test_the_tap_leaves_the_towers_output_bit_for_bit() -> None:
     model, images = random_llava(), pixels(2)
     before = model.model.get_image_features(pixel_values=images, return_dict=True).pooler_output
-    with patch(model, ConsensusDrop(keep=3)):
+    with patch(model, best_of(keep=3)):
         after = model.model.get_image_features(pixel_values=images, return_dict=True)
     assert all(torch.equal(a, b) for a, b in zip(before, after.pooler_output, strict=True))
 
@@ -75,7 +75,7 @@ def test_only_one_module_is_tapped_and_none_runs_eager(monkeypatch: pytest.Monke
         return stock(module, *args, **kwargs)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", counted)
-    with patch(model, ConsensusDrop(keep=3)):
+    with patch(model, best_of(keep=3)):
         tapped = [m for m in model.modules() if "tap" in str(getattr(m, "_cdrop_tap", "")).lower()]
         model(**batch(WORDS), pixel_values=pixels(1))
     assert len(tapped) == 1
@@ -95,7 +95,7 @@ def test_a_flash_implementation_still_reads_its_own_name() -> None:
     try:
         for layer in model.model.vision_tower.encoder.layers:
             layer.self_attn.config._attn_implementation_internal = "my_flash"
-        with patch(model, ConsensusDrop(keep=3)):
+        with patch(model, best_of(keep=3)):
             model(**batch(WORDS), pixel_values=pixels(1))
     finally:
         AttentionInterface._global_mapping.pop("my_flash")
@@ -106,7 +106,7 @@ def test_a_flash_implementation_still_reads_its_own_name() -> None:
 @pytest.mark.parametrize("keep", [1, 5, 0.5])
 def test_the_choice_is_the_oracles(keep: int | float) -> None:
     model, images = random_llava(), pixels(1)
-    with patch(model, ConsensusDrop(keep=keep)) as handle:
+    with patch(model, best_of(keep=keep)) as handle:
         model(input_ids=torch.tensor([WORDS]), pixel_values=images)
         selection = handle.last.selection
     count = keep if isinstance(keep, int) else 8
@@ -146,7 +146,7 @@ def test_question_tokens(rule: Any, special: Tensor | None, want: list[list[int]
 def test_an_image_without_any_question_goes_by_the_encoder() -> None:
     model, images = random_llava(), pixels(2)
     bare = prompt(0, 0)[1:]  # image tokens alone
-    with patch(model, ConsensusDrop(keep=3, alpha=1.0)) as handle:
+    with patch(model, best_of(keep=3, alpha=1.0)) as handle:
         with pytest.warns(UserWarning, match="no text"):
             model(**batch(WORDS, bare), pixel_values=images)
         both = handle.last
@@ -163,11 +163,11 @@ def test_text_before_the_image_sees_none_of_it_in_causal_context() -> None:
     model = random_llava()
     words = prompt(4, 0)
     with (
-        patch(model, ConsensusDrop(keep=3, probe_context="all")),
+        patch(model, best_of(keep=3, probe_context="all")),
         pytest.warns(UserWarning, match="no text"),
     ):
         model(**batch(words), pixel_values=pixels(1))
-    with patch(model, ConsensusDrop(keep=3)) as handle:
+    with patch(model, best_of(keep=3)) as handle:
         model(**batch(words), pixel_values=pixels(1))
         assert handle.last.scores.textual.sum() > 0
 
@@ -206,7 +206,7 @@ def test_the_sums_of_an_attention_that_returns_them_are_used(
             for layer in model.get_submodule(source.layers):
                 attention = layer.get_submodule(source.attention)
                 attention.config._attn_implementation_internal = name
-        with patch(model, ConsensusDrop(keep=family.keep)) as handle:
+        with patch(model, best_of(keep=family.keep)) as handle:
             model(**inputs)
             found.append(handle.last.scores.visual)
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)

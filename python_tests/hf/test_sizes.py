@@ -14,16 +14,16 @@ from torch.nn.attention import flex_attention
 from consensusdrop_kernels.hf import patch
 from consensusdrop_kernels.hf.sizes import weighted_mask
 from consensusdrop_kernels.hf.stages import _joined
-from consensusdrop_kernels.methods import ConsensusDrop
 from consensusdrop_kernels.methods.base import Selection, Signals
 
+from .best import best_of
 from .models import batch, pixels, prompt, random_llava
 from .test_stages import Staged
 
 WORDS = batch(prompt(2, 4, seed=1), prompt(5, 7, seed=2))
 INPUTS = WORDS | {"pixel_values": pixels(2)}
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
-METHOD = ConsensusDrop(keep=4, size_attention=True)
+METHOD = best_of(keep=4, size_attention=True)
 
 
 @torch.no_grad()
@@ -32,12 +32,12 @@ def test_sizes_change_what_is_said() -> None:
     model = random_llava()
     with patch(model, METHOD):
         weighed = model(**INPUTS).logits
-    with patch(model, ConsensusDrop(keep=4)):
+    with patch(model, best_of(keep=4)):
         plain = model(**INPUTS).logits
     assert (weighed - plain).abs().max() > 1e-2
-    with patch(model, ConsensusDrop(keep=4, threshold=1.0, size_attention=True)):
+    with patch(model, best_of(keep=4, threshold=1.0, size_attention=True)):
         alone = model(**INPUTS).logits
-    with patch(model, ConsensusDrop(keep=4, threshold=1.0)):
+    with patch(model, best_of(keep=4, threshold=1.0)):
         torch.testing.assert_close(alone, model(**INPUTS).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_autocast_leaves_sizes_and_normalisers_exact(context: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         with patch(model, MergingStages(keep=0.8, context=context)):
             assert model(**INPUTS).logits.isfinite().all()
-        with patch(model, ConsensusDrop(keep=4, probe_context=context)) as handle:
+        with patch(model, best_of(keep=4, probe_context=context)) as handle:
             assert model(**INPUTS).logits.isfinite().all()
             assert handle.last.scores.fused.isfinite().all()
     assign = (torch.arange(600) >= 300).long()[None]
@@ -195,4 +195,4 @@ def test_masks_of_other_kinds_are_refused() -> None:
 
 def test_the_option_is_checked() -> None:
     with pytest.raises(ValueError, match="size_attention must be True or False, got 1"):
-        ConsensusDrop(keep=4, size_attention=1)  # type: ignore[arg-type]
+        best_of(keep=4, size_attention=1)  # type: ignore[arg-type]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from consensusdrop_kernels.hf import Encoded, patch, video_llava
 from consensusdrop_kernels.hf.adapter import find
-from consensusdrop_kernels.methods import ConsensusDrop
 
 from . import test_contract as contract
+from .best import best_of
 from .contract import Unpatched, choices, pruned
 from .families import Family, Inputs
 from .families.video_llava import IMAGE, IMAGE_PIXELS, PATCHES, VIDEO, Part, build, join, sample
@@ -33,7 +33,7 @@ def features(model: Any, inputs: Inputs, modality: str) -> tuple[Any, dict[str, 
 
 def encoded(model: Any, inputs: Inputs, modality: str) -> Encoded:
     """What a patched model notes of pictures."""
-    with patch(model, ConsensusDrop(keep=2)), torch.no_grad():
+    with patch(model, best_of(keep=2)), torch.no_grad():
         return features(model, inputs, modality)[0]._cdrop
 
 
@@ -137,7 +137,7 @@ def test_class_tokens_of_frames(breaks: str) -> None:
     """Dropped, or kept beyond the budget, where they stood."""
     model, plain = model_of(), Unpatched(model_of())
     inputs = sample(4, 2, ("video", 3), 3)
-    with patch(model, ConsensusDrop(keep=6), breaks=breaks) as handle:
+    with patch(model, best_of(keep=6), breaks=breaks) as handle:
         logits = model(**inputs).logits[0, -1]
         assert handle.last.tokens_after == (6 + 3 * (breaks == "keep"),)
         chosen = choices(handle.last, 0, 0)
@@ -153,7 +153,7 @@ def test_class_tokens_of_frames(breaks: str) -> None:
 def test_frames_have_budgets_of_their_own() -> None:
     model = model_of()
     inputs = sample(4, 2, ("video", 3), ("image", 1), 3)
-    with patch(model, ConsensusDrop(keep=5, budget_scope="crop")) as handle:
+    with patch(model, best_of(keep=5, budget_scope="crop")) as handle:
         model(**inputs)
     assert handle.last.tokens_after == (20,)
     assert handle.last.grids == ((4, 4),) * 4
@@ -166,7 +166,7 @@ def test_the_older_name_of_the_pixels() -> None:
     """`pixel_values_images` is still taken from transformers 5.23 on."""
     model, inputs = model_of(), sample(5, *IMAGES)
     older = {("pixel_values_images" if k == IMAGE_PIXELS else k): v for k, v in inputs.items()}
-    with patch(model, ConsensusDrop(keep=5)) as handle:
+    with patch(model, best_of(keep=5)) as handle:
         want = model(**inputs).logits
         torch.testing.assert_close(model(**older).logits, want)
         assert handle.last.tokens_after == (10,)
@@ -188,10 +188,10 @@ def test_what_is_refused() -> None:
     model = model_of()
     model.config.vision_config.model_type = "siglip_vision_model"
     with pytest.raises(ValueError, match="must be a clip_vision_model"):
-        patch(model, ConsensusDrop(keep=2))
+        patch(model, best_of(keep=2))
     model = model_of()
     with (
-        patch(model, ConsensusDrop(keep=2)),
+        patch(model, best_of(keep=2)),
         pytest.raises(ValueError, match="features of encoder layer 3"),
     ):
         model(**pictures("video"), vision_feature_layer=-1)

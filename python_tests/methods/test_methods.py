@@ -103,7 +103,7 @@ def test_needs() -> None:
 @pytest.mark.parametrize("fusion", ["rank", "rrf", "sum", "zscore", "product", "max"])
 def test_selection_follows_its_own_scores(fusion: str, rows: str) -> None:
     """The fused op and the separate ones behind `scores` agree on what is best."""
-    method = ConsensusDrop(keep=4, fusion=fusion, rows=rows, alpha=0.4)
+    method = ConsensusDrop(keep=4, fusion=fusion, rows=rows, alpha=0.4, diversity=0.0)
     given = signals()
     chosen, scores = method.select(given), method.scores(given)
     best = scores.fused.topk(4, dim=1).values  # values, since ranks can tie
@@ -160,7 +160,7 @@ def test_worked_example() -> None:
 
 def test_images_without_a_question_go_by_the_encoder() -> None:
     given = signals(rows=3, weights=[[1.0, 1, 0], [0, 0, 0], [0, 1, 1]])
-    method = ConsensusDrop(keep=3, alpha=0.7)
+    method = ConsensusDrop(keep=3, alpha=0.7, diversity=0.0)
     with pytest.warns(UserWarning, match="no text"):
         chosen = method.select(given)
     blind = replace(method, alpha=0.0).select(given)
