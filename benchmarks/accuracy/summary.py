@@ -1,6 +1,6 @@
 """Markdown tables of `results.json` files: what `docs/accuracy.md` shows.
 
-python -m benchmarks.accuracy.summary FOLDER/results.json ... [--types 16] [--cost 32] [--all]
+python -m benchmarks.accuracy.summary FOLDER/results.json ... [--types 16] [--cost 32] [--beside]
 """
 
 from __future__ import annotations
@@ -37,6 +37,30 @@ def curve(rows: Iterable[Row]) -> list[str]:
             shown = [_cell(cells[None])] + [""] * (len(budgets) - 1)
         lines.append(_line([label, *shown]))
     return lines
+
+
+def beside(results: Sequence[Row]) -> list[str]:
+    """Accuracies of the same methods on several models, a column for each budget of each."""
+    columns, found = [], []
+    for whole in results:
+        budgets, labels = _by_label(row for row in whole["rows"] if row["listed"])
+        found.append((budgets, labels))
+        columns += [f"{_name(whole['header'])} {budget:g}" for budget in budgets]
+    lines = _head(["option", *columns])
+    for label in found[0][1]:
+        cells = []
+        for budgets, labels in found:
+            row = labels.get(label, {})
+            whole_row = row.get(None)
+            shown = [whole_row if whole_row is not None else row.get(budget) for budget in budgets]
+            cells += [_cell(cell, gain=False) for cell in shown]
+        lines.append(_line([label, *cells]))
+    return lines
+
+
+def _name(header: Row) -> str:
+    model = header["model"].rpartition("/")[2]
+    return "clip-p8" if model.startswith("tiny-llava") else model
 
 
 def types(rows: Iterable[Row], keep: float) -> list[str]:
@@ -79,13 +103,13 @@ def _by_label(rows: Iterable[Row]) -> tuple[list[float], dict[str, dict[float | 
     return sorted(budgets, reverse=True), found
 
 
-def _cell(row: Row | None) -> str:
+def _cell(row: Row | None, *, gain: bool = True) -> str:
     if row is None:
         return ""
     if row["reason"]:
         return "-"
     text = f"{row['accuracy'][0]:.3f}"
-    if row["gain"] is None:
+    if row["gain"] is None or not gain:
         return text
     p = row["p"]
     sure = "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
@@ -107,7 +131,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--types", type=float, metavar="KEEP", help="by type, at this budget")
     parser.add_argument("--cost", type=float, metavar="KEEP", help="costs, at this budget")
     parser.add_argument("--all", action="store_true", help="with rows that only served as baseline")
+    parser.add_argument("--beside", action="store_true", help="one table, accuracies alone")
     options = parser.parse_args(arguments)
+    if options.beside:
+        files = [json.loads(path.read_text()) for path in options.results]
+        print(*map(caption, (whole["header"] for whole in files)), sep="\n")
+        print("", *beside(files), "", sep="\n")
+        return 0
     for path in options.results:
         whole = json.loads(path.read_text())
         rows = [row for row in whole["rows"] if row["listed"] or options.all]

@@ -52,6 +52,18 @@ def test_types_and_costs_at_one_budget() -> None:
     ]
 
 
+def test_models_stand_side_by_side() -> None:
+    ours = {"header": {"model": "tiny-llava (ships with the package)"}, "rows": ROWS[:4]}
+    theirs = {"header": {"model": "folder/other"}, "rows": ROWS[:2]}
+    assert summary.beside([ours, theirs]) == [
+        "| option | clip-p8 16 | clip-p8 8 | other 8 |",
+        "|---|---|---|---|",
+        "| Full | 0.900 | 0.900 | 0.900 |",
+        "| A | 0.750 | 0.500 | 0.500 |",
+        "| B |  | - |  |",
+    ]
+
+
 @pytest.mark.parametrize("extra", [[], ["--all"]])
 def test_the_command(tmp_path, capsys, extra: list[str]) -> None:
     header = {
