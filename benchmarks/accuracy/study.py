@@ -8,6 +8,7 @@ Options are chosen on the validation split; `--split test` is for what is report
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,14 +20,15 @@ MIDDLE: dict[str, Any] = {
     "probe": "lookahead", "probe_layer": 2, "rows": "last", "rotary": True, "diversity": 0.5,
     "size_attention": True, "positions": "original",
 }  # fmt: skip
-#: The probe that costs the least.
-FOLDED: dict[str, Any] = {"probe": "static", "probe_layer": 0, "rows": "max", "rotary": False}
+STATIC: dict[str, Any] = {"probe": "static", "probe_layer": 0, "rows": "max"}
+FOLDED = STATIC | {"rotary": False}
+GRID = tuple(itertools.product((0.3, 0.5, 0.65, 0.8), (0.0, 0.5, 0.75, 1.0)))
 
 PARTS: dict[str, list[dict[str, Any]]] = {
     "probe": [
-        *({"probe": "static", "probe_layer": 0, "rows": rows} for rows in ("max", "mean", "last")),
+        *(STATIC | {"rows": rows} for rows in ("max", "mean", "last")),
         FOLDED,
-        {"probe": "static", "probe_layer": 0, "rows": "max", "probe_context": "all"},
+        STATIC | {"probe_context": "all"},
         *({"probe": "lookahead", "probe_layer": depth} for depth in (1, 2, 3)),
         *({"probe": "lookahead", "probe_layer": 2, "rows": rows} for rows in ("max", "mean")),
         *({"probe": "in_llm", "probe_layer": depth} for depth in (1, 2, 3)),
@@ -47,11 +49,9 @@ PARTS: dict[str, list[dict[str, Any]]] = {
         {"size_attention": False, "positions": "compact"},
         {"positions": "compact"},
     ],
-    "folded": [
-        FOLDED | {"diversity": share, "alpha": alpha}
-        for share in (0.4, 0.5, 0.65)
-        for alpha in (0.0, 0.5, 0.75, 1.0)
-    ],
+    "grid": [{"diversity": share, "alpha": alpha} for share, alpha in GRID],
+    "static": [STATIC | {"diversity": share, "alpha": alpha} for share, alpha in GRID],
+    "folded": [FOLDED | {"diversity": share, "alpha": alpha} for share, alpha in GRID],
 }
 
 PEERS = (
