@@ -54,6 +54,10 @@ PARTS: dict[str, list[dict[str, Any]]] = {
     "folded": [FOLDED | {"diversity": share, "alpha": alpha} for share, alpha in GRID],
 }
 
+OURS = (
+    "ConsensusDrop",
+    "ConsensusDrop(probe='lookahead', probe_layer=2, alpha=0.75, label='ConsensusDrop, lookahead')",
+)
 PEERS = (
     "VisionDrop", "AdaFV", "AdaFV(merge=True, size_attention=True)", "VisionZip",
     "VisionZip(size_attention=True)", "FasterVLM", "FastV(layer=1)", "PyramidDrop", "SparseVLM",
@@ -64,7 +68,7 @@ PEERS = (
 def methods(part: str) -> str:
     """The runs of a part, as `cdrop eval --methods` takes them."""
     if part == "peers":
-        return ",".join([_written({}), *(_at_original(peer) for peer in PEERS)])
+        return ",".join([*OURS, *(_at_original(peer) for peer in PEERS)])
     return ",".join(_written(change) for change in _distinct(PARTS[part]))
 
 
