@@ -23,6 +23,7 @@ SMALL = [case for kind in cases.CASES for case in cases.CASES[kind]("cpu", torch
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # no part of the tests' own processes
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
