@@ -86,7 +86,8 @@ def saliency(shape: Shape, rows: int, rotary: bool, depth: int = 0) -> Tensor:
         return valid & (torch.arange(valid.shape[1]) >= valid.shape[1] - rows)
 
     ahead = Lookahead(text, embeds, positions, layout, None) if depth else None
-    ask = probes.StaticProbe(text, embeds, positions, layout.groups[0], None, ahead)
+    group = layout.groups[0]
+    ask = probes.StaticProbe(text, embeds, positions, group, group.take(embeds), None, ahead)
     found = ask(layer=depth, rotary=rotary, context="visual", query=last, lookahead=depth > 0)
     return torch.ops.cdrop.attention_saliency(
         found.q, found.k, scale=found.scale, query_weight=found.weight, reduce="max"

@@ -82,11 +82,11 @@ class _Prefill:
     cache: Any
     encoded: list[Encoded | None]  # of every source
     wanted: _Wanted
+    host: tuple[Tensor, Tensor | None]  # ids and plain mask, on the CPU
     restore: Tensor | None = None
     progress: Progress | None = None  # of the stages inside the decoder
     pruning: Pruning | None = None
     kv_bytes: int = 0  # of a token in one layer, if there is a cache
-    host: tuple[Tensor, Tensor | None] | None = None  # ids and plain mask, on the CPU
 
 
 class Hooks:
@@ -215,13 +215,16 @@ class Hooks:
     # The encoder.
 
     @step("encode")
-    def encode(self, at: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    def encode(
+        self, at: int, call: Callable[..., Any], signature: inspect.Signature,
+        args: tuple[Any, ...], kwargs: Any,
+    ) -> Any:  # fmt: skip
         """Run the model's own feature function and note what the encoder attended to."""
         local = self._calls.local
         if getattr(local, "encoding", False):  # a video path that goes through the image path
             return call(*args, **kwargs)
         source, tap = self._adapter.sources[at], self._taps[at]
-        arguments = inspect.signature(call).bind(*args, **kwargs).arguments
+        arguments = signature.bind(*args, **kwargs).arguments
         layer = source.tap_layer(self._model.config, arguments)
         if layer != self._layers[at]:
             raise ValueError(
@@ -460,7 +463,7 @@ class Hooks:
 
     def _report_stage(self, prefill: _Prefill, progress: Progress, fewer: int, at: int) -> None:
         assert prefill.pruning is not None
-        text = (progress.layout.valid & ~progress.layout.visual).sum(1).tolist()
+        text = progress.layout.text.sum(1).tolist()
         after = tuple(n - t for n, t in zip(progress.lengths, text, strict=True))
         pruning = replace(prefill.pruning, stages=(*prefill.pruning.stages, after))
         prefill.pruning = pruning
@@ -529,7 +532,7 @@ class Hooks:
 
     def _locate(self, prefill: _Prefill, valid: Tensor | None, device: torch.device) -> Layout:
         """Where the images are, and which tokens ask."""
-        ids, plain = prefill.host or (prefill.ids, None)
+        ids, plain = prefill.host
         layout = locate(
             self._masks(prefill, ids), prefill.encoded, valid if plain is None else plain, ids,
             device,
@@ -575,15 +578,15 @@ class Hooks:
             index = upload(torch.tensor(images), q.device)
             q, k, lse = q[index], k[index], None if lse is None else lse[index]
         visual, metric = pick(encoded.visual), pick(encoded.metric)
-        probe = words = None
+        x, probe, words = group.take(embeds), None, None
         if "text" in self.method.needs:
-            probe = StaticProbe(self._text, embeds, positions, group, self._special, ahead)
+            probe = StaticProbe(self._text, embeds, positions, group, x, self._special, ahead)
         if "words" in self.method.needs:
             words = functools.partial(
                 question_words, group=group, special=self._special, embeds=embeds.detach()
             )
         return Signals(
-            x=group.take(embeds),
+            x=x,
             grid=group.grid,
             q_vis=None if q is None else q.to(device),
             k_vis=None if k is None else k.to(device),
@@ -603,7 +606,7 @@ class Hooks:
     ) -> None:  # fmt: skip
         parts = [self._reported(*pair) for pair in zip(chosen, signals, strict=True)]
         pruning = Pruning.of(parts, layout, short)
-        kv = self._kv_bytes(embeds) if cached else 0
+        kv = self._kv_values * embeds.element_size() if cached else 0
         rows, length = layout.visual.shape
         width = length if short is None else short.embeds.shape[1]
         if (prefill := self._prefill) is not None:
@@ -613,20 +616,20 @@ class Hooks:
             self.stats = self.stats.plus(pruning, kv, rows, length, width)
 
     def _reported(self, selection: Selection, signals: Signals) -> Selection:
-        selection = replace(selection, tokens=selection.tokens.detach())
-        if not self._keep_signals or not self.method.needs & {"encoder", "text"}:
-            return selection
-        light = replace(signals, x=signals.x.detach())
-        score = functools.partial(self.method.scores, light)
-        return replace(selection, score_fn=cast(Any, score))
+        tokens, score = selection.tokens.detach(), selection.score_fn
+        if self._keep_signals and self.method.needs & {"encoder", "text"}:
+            light = replace(signals, x=signals.x.detach())
+            score = cast(Any, functools.partial(self.method.scores, light))
+        return replace(selection, tokens=tokens, score_fn=score)
 
-    def _kv_bytes(self, embeds: Tensor) -> int:
-        """Bytes of one token's keys and values in all layers."""
+    @functools.cached_property
+    def _kv_values(self) -> int:
+        """How many numbers one token's keys and values are, in all layers."""
         config = self._text.config
         width = getattr(config, "head_dim", None)
         width = width or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * width * embeds.element_size()
+        return 2 * config.num_hidden_layers * heads * width
 
 
 def _on_host(ids: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
@@ -672,6 +675,9 @@ class _Features:
         self._source = source
         self._call = call
         self._hooks = hooks
+        own = inspect.signature(call)  # annotations can't always be copied
+        bare = [one.replace(annotation=one.empty) for one in own.parameters.values()]
+        self._signature = inspect.Signature(bare)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._hooks.encode(self._source, self._call, args, kwargs)
+        return self._hooks.encode(self._source, self._call, self._signature, args, kwargs)

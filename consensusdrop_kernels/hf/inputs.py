@@ -120,8 +120,7 @@ def check_prompt(given: dict[str, Any], cache: Any, adapter: Adapter) -> None:
 
 def check_static(cache: Any, layout: Layout, short: Shortened) -> None:
     """Raises NotImplementedError for a static cache together with padding."""
-    padded = short.mask is not None or not bool(layout.valid.all())
-    if padded and is_static(cache):
+    if is_static(cache) and (short.mask is not None or not bool(layout.valid.all())):
         raise NotImplementedError(
             "a static cache takes only prompts of one length without padding here; use the default "
             "cache, or one prompt at a time"

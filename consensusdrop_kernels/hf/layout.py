@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -99,6 +100,11 @@ class Layout:
         return replace(self, asking=self.asking & ~mask)
 
     @cached_property
+    def text(self) -> Tensor:
+        """The tokens that are valid and not visual, `[B, L]` bool on the CPU."""
+        return self.valid & ~self.visual
+
+    @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The images by what a method can take at once: of one source, one size, one geometry."""
         found: dict[Any, list[int]] = {}
@@ -114,8 +120,9 @@ class Group:
     Attributes:
         layout: the prompts.
         members: their numbers among the images of the layout.
-        sample_list, end_list: the row of each image, and the place of its last token there.
+        sample_list: the row of each image.
         sample: the former as `[R]` int64 on the device.
+        own: the same, or None where each prompt has one of the images, in order.
         columns: `[R, N]` int64 on the device, the place of each token in its row.
     """
 
@@ -125,10 +132,16 @@ class Group:
         places = [layout.places[i] for i in members]
         self.places = places
         self.sample_list = tuple(place.row for place in places)
-        self.end_list = tuple(int(place.columns[-1]) for place in places)
         self.sample = upload(torch.tensor(self.sample_list), layout.device)
         columns = torch.stack([place.columns for place in places])
         self.columns = upload(columns, layout.device)
+        one_each = self.sample_list == tuple(range(len(layout.visual)))
+        self.own = None if one_each else self.sample
+
+    @cached_property
+    def end_list(self) -> tuple[int, ...]:
+        """The place of the last token of each image in its row."""
+        return tuple(int(place.columns[-1]) for place in self.places)
 
     @property
     def tokens(self) -> int:
@@ -145,7 +158,7 @@ class Group:
         """Heights and widths of the crops, or None where they are no whole grids."""
         return self.places[0].crops
 
-    @property
+    @cached_property
     def flat(self) -> Tensor:
         """Each token's place in the `B * L` tokens of the batch, `[R, N]` int64."""
         return self.sample[:, None] * self.layout.visual.shape[1] + self.columns
@@ -154,6 +167,12 @@ class Group:
         """The visual tokens `[R, N, D]` of `[B, L, D]`."""
         return embeds.flatten(0, 1)[self.flat]
 
+    def of_prompts(self, values: Tensor) -> Tensor:
+        """`[R, ...]` of `[B, ...]`: of each image's prompt, on the CPU or the device."""
+        if self.own is None:
+            return values
+        return values[list(self.sample_list) if values.device.type == "cpu" else self.sample]
+
 
 def locate(
     visual: Sequence[Tensor], encoded: Sequence[Encoded | None], valid: Tensor | None,
@@ -161,13 +180,11 @@ def locate(
 ) -> Layout:  # fmt: skip
     """Find the images; the features of a source go to its placeholders in order.
 
-    Lengths must be known on the host: what of these is on the device is waited for.
-
     Args:
-        visual: `[B, L]` bool of every source.
+        visual: `[B, L]` bool of every source, on the CPU.
         encoded: what each source encoded, or None where it has no placeholder.
-        valid: `[B, L]`, 0 on padding, or None.
-        ids: `[B, L]` int64, where the masks are.
+        valid: `[B, L]`, 0 on padding, or None; on the device it is waited for.
+        ids: `[B, L]` int64 on the CPU.
         device: where the embeddings are.
         by_crop: whether crops and frames count as images.
         joined: the sources whose pictures, where they stand side by side, are crops of one image.
@@ -175,16 +192,15 @@ def locate(
     Raises:
         ValueError: the placeholders are not those of whole images.
     """
-    real = torch.ones_like(ids) if valid is None else valid.to(ids.device).long()
-    ids, real, *masks = torch.stack([ids, real, *(mask.long() for mask in visual)]).cpu()
+    real = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.cpu().bool()
     breaks = torch.zeros_like(ids, dtype=torch.bool)
     places: list[list[Place]] = [[] for _ in encoded]
-    for source, (mask, found) in enumerate(zip(masks, encoded, strict=True)):
+    for source, (mask, found) in enumerate(zip(visual, encoded, strict=True)):
         if not bool(mask.any()) or found is None:
             if bool(mask.any()):
                 raise ValueError("the prompt has placeholders of pictures that were not encoded")
             continue
-        for row, image, columns in _images(mask.bool(), found.tokens):
+        for row, image, columns in _images(mask, found.tokens):
             patches, others = found.is_patch(image), None
             if patches is not None:
                 others, columns = columns[~patches], columns[patches]
@@ -198,9 +214,9 @@ def locate(
                 places[source] += _by_crop(place, crops) if by_crop else [place]
         if any(joined[source : source + 1]) and not by_crop:
             places[source] = _joined(places[source])
-    here = torch.stack(masks).any(0)
+    here = functools.reduce(torch.logical_or, visual)
     in_order = tuple(sorted(itertools.chain(*places), key=_where))
-    return Layout(ids, here, real.bool(), real.bool(), breaks, in_order, device)
+    return Layout(ids, here, real, real, breaks, in_order, device)
 
 
 def _where(place: Place) -> tuple[int, int]:
@@ -334,7 +350,7 @@ def shorten(
     """
     batch, length, _ = embeds.shape
     device = embeds.device
-    stay = layout.valid & ~layout.visual
+    stay = layout.text
     if breaks is not None:
         stay = stay | (breaks & layout.valid)
     lengths = stay.sum(1).tolist()
@@ -342,18 +358,19 @@ def shorten(
     for group, selection in zip(layout.groups, chosen, strict=True):
         for row, count in zip(group.sample_list, slot_counts(selection), strict=True):
             lengths[row] += count
-        # Unused slots (-1) go to one extra place that is cut off.
-        here = group.flat.gather(1, selection.index.clamp_min(0))
-        places.append(torch.where(selection.index < 0, batch * length, here).flatten())
+        places.append(chosen_places(group.flat, selection, batch * length))
     left = compacted(embeds, upload(stay, device), places, lengths, chosen)
-    removed = (upload(layout.valid & layout.visual, device) & ~left.keep).cumsum(1)
-    moved = positions - removed if compact else positions
+    removed, moved = None, positions
+    if compact:
+        dropped = upload(layout.valid & layout.visual, device) & ~left.keep
+        before = dropped.cumsum(1)
+        removed, moved = before[:, -1:], positions - before
     index = left.order.expand(*positions.shape[:-2], -1, -1)
     return Shortened(
         embeds=left.tokens,
         mask=left.mask,
         positions=moved.gather(-1, index),
-        removed=removed[:, -1:] if compact else None,
+        removed=removed,
         top=_largest(positions, layout) if positions.dim() == 3 else None,
         keep=left.keep,
         order=left.order,
@@ -368,6 +385,14 @@ def _largest(positions: Tensor, layout: Layout) -> Tensor:
     a picture may reach further than the text after it, or be the end of the prompt."""
     valid = upload(layout.valid, positions.device)
     return positions[-3:].amax(0).masked_fill(~valid, 0).amax(1, keepdim=True)
+
+
+def chosen_places(places: Tensor, selection: Selection, end: int) -> Tensor:
+    """`[R * S]`: of the places `[R, N]` of some tokens those chosen; `end` for an unused slot."""
+    if not selection.padded:
+        return places.gather(1, selection.index).flatten()
+    here = places.gather(1, selection.index.clamp_min(0))
+    return torch.where(selection.index < 0, end, here).flatten()
 
 
 class Compacted(NamedTuple):
@@ -392,13 +417,16 @@ def compacted(
     """
     batch, length, _ = rows.shape
     width, device = max(lengths), rows.device
-    keep = torch.cat([stay.flatten(), stay.new_zeros(1)])
-    keep = keep.index_fill_(0, torch.cat(list(places)), True)[:-1].view(batch, length)
+    # Unused slots go to one extra place that is cut off.
+    extra = 0, int(any(selection.padded for selection in chosen))
+    keep = torch.nn.functional.pad(stay.flatten(), extra)  # a copy in any case
+    keep.index_fill_(0, torch.cat(list(places)), True)
+    keep = keep[: batch * length].view(batch, length)
     order = keep.int().argsort(dim=1, stable=True)[:, -width:]
-    shift = upload(torch.tensor([width - n for n in lengths]), device)[:, None]
+    starts = [[[width - n] for n in lengths], [[at * width] for at in range(batch)]]
+    shift, row = upload(torch.tensor(starts), device)
     slot = keep.cumsum(1) - 1 + shift  # of each kept token, in its row
-    row = torch.arange(batch, device=device)[:, None] * width
-    target = torch.cat([(slot + row).flatten(), slot.new_full((1,), batch * width)])
+    target = torch.nn.functional.pad((slot + row).flatten(), extra, value=batch * width)
     slots = tuple(target[here] for here in places)
     out = rows.gather(1, order[:, :, None].expand(-1, -1, rows.shape[2]))
     for where, selection in zip(slots, chosen, strict=True):

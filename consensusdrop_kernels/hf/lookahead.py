@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..methods.parts import upload
 from ..profiling import step
 from .layout import Layout
-from .probe import Projection, check_probe_layer, position_angles
+from .probe import Projection, check_probe_layer, position_angles, positions_at, take_rows
 from .query import padded_rows
 from .sizes import FULL, SLIDING
 from .tap import _UnderOwnConfig
@@ -113,9 +113,9 @@ class Lookahead:
             return self._embeds
         rows, words = self._rows, self._words
         if not words:
-            words.append(_take(self._embeds, rows.text))
+            words.append(take_rows(self._embeds, rows.text))
         if len(words) <= depth:
-            pictures = _take(self._embeds, rows.visual)
+            pictures = take_rows(self._embeds, rows.visual)
             ahead = _AHEAD.set(True)
             try:
                 while len(words) <= depth:
@@ -128,12 +128,13 @@ class Lookahead:
     def _through(self, layer: int, words: Tensor, pictures: Tensor) -> Tensor:
         """The text `[B, T, D]` through a layer, beside pictures `[B, V, D]` that stay out of it."""
         module, rows = self._text.layers[layer], self._rows
-        angles = position_angles(self._text, layer, self._positions)
-        project = Projection(self._text, layer, angles)
+        where = [positions_at(self._positions, index) for index in (rows.text, rows.visual)]
+        of_text, of_pictures = position_angles(self._text, layer, words, *where)
+        project = Projection(self._text, layer)
         given: dict[str, Any] = {
             "attention_mask": self._mask(layer),
-            "position_embeddings": angles(words, rows.text, None),
-            "past_key_values": _Pictures(*project.keys_and_values(pictures, rows.visual)),
+            "position_embeddings": of_text,
+            "past_key_values": _Pictures(*project.keys_and_values(pictures, of_pictures)),
         }
         # By place and not by name as far as the cache: from transformers 5.23 on, gradient
         # checkpointing happens in `forward` and takes a cache away that has a name.
@@ -223,10 +224,6 @@ class _Pictures:
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Those and the text's, `[B, Hk, V + T, d]`."""
         return torch.cat([self._keys, keys], 2), torch.cat([self._values, values], 2)
-
-
-def _take(rows: Tensor, index: Tensor) -> Tensor:
-    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

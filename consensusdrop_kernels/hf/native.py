@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..methods.base import Method, Selection
 from .adapter import Adapter
 from .cache import state_of
-from .hooks import Hooks, _Features, _Prefill, _Wanted
+from .hooks import Hooks, _Features, _on_host, _Prefill, _Wanted
 from .inputs import check_cache, check_prompt, full_positions
 from .layout import Layout, Shortened, shorten
 from .prefill import DEEPSTACK, decoder_positions, merged_deepstack
@@ -133,7 +133,9 @@ class Native(Hooks):
         mask = self._inferred_mask(given, ids) if mask is None else mask.to(ids.device)
         positions = self._positions(given, ids, mask)  # reads what `_encode` takes out
 
-        prefill = _Prefill(ids, mask, cache, [None] * len(self._adapter.sources), _Wanted())
+        prefill = _Prefill(
+            ids, mask, cache, [None] * len(self._adapter.sources), _Wanted(), _on_host(ids, mask)
+        )
         self._calls.local.prefill = prefill
         outputs = self._encode(given, prefill)
         layout, embeds = self._prompt(prefill, outputs)

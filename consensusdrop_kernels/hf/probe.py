@@ -5,6 +5,7 @@ Static on the plain input embeddings, or on those whose text ran ahead through t
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from ..methods.base import QueryRule, TextProbe
 from ..methods.parts import upload
 from ..profiling import step
 from .layout import Group
-from .query import padded_rows, question_mask
+from .query import question_rows
 
 
 def check_probe_layer(text: nn.Module, layer: int) -> None:
@@ -49,6 +50,7 @@ class StaticProbe:
         embeds: its input `[B, L, D]`.
         positions: `[B, L]`, of the full prompt, or `[3, B, L]`, `[4, B, L]`.
         group: where the images are.
+        tokens: theirs `[R, N, D]` of `embeds`.
         special: ids that are no question, or None.
         ahead: the embeddings `[B, L, D]` whose text ran through so many layers; None if the method
             does not look ahead.
@@ -56,12 +58,13 @@ class StaticProbe:
 
     def __init__(
         self, text: nn.Module, embeds: Tensor, positions: Tensor, group: Group,
-        special: Tensor | None, ahead: Callable[[int], Tensor] | None = None,
+        tokens: Tensor, special: Tensor | None, ahead: Callable[[int], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self._text: Any = text
         self._embeds = embeds.detach()
         self._positions = positions
         self._group = group
+        self._tokens = tokens.detach()
         self._special = special
         self._ahead = ahead
         self._done: dict[Any, TextProbe] = {}
@@ -87,59 +90,79 @@ class StaticProbe:
         place, embeds = self._group, self._embeds
         if lookahead and self._ahead is not None:
             embeds = self._ahead(layer)
-        prompt = place.layout
-        mask = question_mask(query, prompt.ids, prompt.visual, prompt.asking, self._special)
-        here = torch.zeros(len(mask), dtype=torch.bool)
-        here[list(place.sample_list)] = True
-        index, live = padded_rows(mask & here[:, None])
-        weight = live[list(place.sample_list)]
-        if context == "all":  # a row sees no image that comes after it
-            weight &= index[list(place.sample_list)] >= torch.tensor(place.end_list)[:, None]
+        # In a causal context a row sees no image that comes after it.
+        index, live = question_rows(query, place, self._special, seeing=context == "all")
+        asked = tuple(live.any(1).tolist())
+        weight = upload(live, embeds.device).float()
         index = upload(index, embeds.device)
-        angles = position_angles(self._text, layer, self._positions) if rotary else None
-        project = Projection(self._text, layer, angles)
-        q = project.queries(_take(embeds, index), index)
+        positions, at = self._positions, list[Angles]([None, None])
+        if rotary:
+            rows = positions_at(positions, index)
+            if context == "visual":
+                positions = positions_at(positions, place.columns, place.own)
+            at = position_angles(self._text, layer, embeds, rows, positions)
+        project = Projection(self._text, layer)
+        q = project.queries(take_rows(embeds, index), at[0])
 
         lse = None
         if context == "all":
-            k_all = project.keys(embeds, None)
+            k_all = project.keys(embeds, at[1])
             # A supervised answer to an earlier question must not show in a later one's rows.
+            prompt = place.layout
             seen = prompt.asking | (prompt.valid & prompt.visual)
             lse = row_lse(q, k_all, index, upload(seen, embeds.device), project.scale)
-            lse = lse[place.sample]
+            lse = place.of_prompts(lse)
             k = _take_keys(k_all, place)
         elif not rotary and project.folds(q):
-            q, k = project.folded(q, place.take(embeds))
+            q, k = project.folded(q, self._tokens)
         else:
-            k = project.keys(place.take(embeds), place.columns, place.sample)
-        asked = tuple(weight.any(1).tolist())
-        weight = upload(weight, embeds.device).float()
-        return TextProbe(q[place.sample], k, project.scale, lse, weight, asked)
+            k = project.keys(self._tokens, at[1])
+        return TextProbe(place.of_prompts(q), k, project.scale, lse, weight, asked)
 
 
 #: By how much the keys' projection must be wider than all query rows of all heads together for
 #: folding to pay: as many times fewer operations, on the CPU (see docs/probes.md).
 FOLD = 3
 
-#: cos and sin of the rows at `index` of their samples: `(x, index, sample) -> (cos, sin)`.
-Angles = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+#: cos and sin `[B, n, d]` of some rows, or None: they are not turned.
+Angles = tuple[Tensor, Tensor] | None
 
 
-def position_angles(text: Any, layer: int, positions: Tensor) -> Angles:
-    """Angles at the positions of a prompt, by the model's own rotary embedding."""
+def position_angles(text: Any, layer: int, like: Tensor, *positions: Tensor) -> list[Angles]:
+    """The angles of several sets of rows, by one call of the model's own rotary embedding.
 
-    def angles(x: Tensor, index: Tensor | None, sample: Tensor | None) -> tuple[Tensor, Tensor]:
-        where = positions if sample is None else positions[..., sample, :]
-        if index is not None:
-            where = where.gather(-1, index.expand(*where.shape[:-2], -1, -1))
-        if where.dim() == 3 and len(where) == 4:  # the first row only tells sequences apart
-            where = where[1:]
-        rotary = text.rotary_emb
-        if "layer_type" in inspect.signature(rotary.forward).parameters:
-            return rotary(x, where, text.config.layer_types[layer])
-        return rotary(x, where)
+    Args:
+        text: the decoder stack.
+        layer: which layer they are for.
+        like: a tensor of the dtype and device they shall have.
+        positions: of each set `[B, n]`, or `[3, B, n]`, `[4, B, n]`.
+    """
+    where = torch.cat([each.flatten(-2) for each in positions], -1).unsqueeze(-2)
+    if where.dim() == 3 and len(where) == 4:  # the first row only tells sequences apart
+        where = where[1:]
+    by_kind = _takes_kind(type(text.rotary_emb).forward)
+    of_layer = (text.config.layer_types[layer],) if by_kind else ()
+    cos, sin = text.rotary_emb(like, where, *of_layer)
+    shapes = [each.shape[-2:] for each in positions]
+    counts = [shape.numel() for shape in shapes]
+    return [
+        (c.view(*shape, -1), s.view(*shape, -1))
+        for c, s, shape in zip(cos.split(counts, 1), sin.split(counts, 1), shapes, strict=True)
+    ]
 
-    return angles
+
+@functools.cache
+def _takes_kind(forward: Callable[..., Any]) -> bool:
+    """Whether a rotary embedding has angles for each kind of layer."""
+    return "layer_type" in inspect.signature(forward).parameters
+
+
+def positions_at(positions: Tensor, index: Tensor, sample: Tensor | None = None) -> Tensor:
+    """The positions `[R, n]` at `index [R, n]` of those of prompts `[B, L]`, or `[3, R, n]`,
+    `[4, R, n]`; `sample` `[R]` says which prompts, None: all in order."""
+    if sample is not None:
+        positions = positions[..., sample, :]
+    return positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1))
 
 
 class Projection:
@@ -148,28 +171,26 @@ class Projection:
     Args:
         text: the decoder stack.
         layer: which layer.
-        angles: of the rotary embedding, or None for none.
     """
 
-    def __init__(self, text: Any, layer: int, angles: Angles | None) -> None:
-        self._norm = text.layers[layer].input_layernorm
-        self._attention = text.layers[layer].self_attn
-        self._angles = angles
+    def __init__(self, text: Any, layer: int) -> None:
+        own = text.layers[layer]
+        self._norm = own.input_layernorm
+        self._attention = own.self_attn
         self.scale: float = self._attention.scaling
 
-    def queries(self, x: Tensor, index: Tensor, sample: Tensor | None = None) -> Tensor:
-        """`[B, H, M, d]` of the rows `x [B, M, D]` that stand at `index [B, M]`."""
-        return self._project("q", x, index, sample)
+    def queries(self, x: Tensor, angles: Angles = None) -> Tensor:
+        """`[B, H, M, d]` of the rows `x [B, M, D]`."""
+        return self.rotated(self._heads("q", self._norm(x)), angles)
 
-    def keys(self, x: Tensor, index: Tensor | None, sample: Tensor | None = None) -> Tensor:
-        """`[R, Hk, n, d]` of `x [R, n, D]`, standing at `index [R, n]` of its sample."""
-        return self._project("k", x, index, sample)
+    def keys(self, x: Tensor, angles: Angles = None) -> Tensor:
+        """`[R, Hk, n, d]` of the rows `x [R, n, D]`."""
+        return self.rotated(self._heads("k", self._norm(x)), angles)
 
-    def keys_and_values(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Each `[B, Hk, n, d]`, of the rows `x [B, n, D]` that stand at `index [B, n]`."""
+    def keys_and_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        """Each `[B, Hk, n, d]`, of the rows `x [B, n, D]`."""
         normed = self._norm(x)
-        keys = self.rotated(self._heads("k", normed), x, index, None)
-        return keys, self._heads("v", normed)
+        return self.rotated(self._heads("k", normed), angles), self._heads("v", normed)
 
     def folds(self, q: Tensor) -> bool:
         """Whether `folded` gives what `keys` does, and sooner, for queries `[B, H, M, d]`.
@@ -194,37 +215,33 @@ class Projection:
         keys = self._norm(x).to(q.dtype)
         return (grouped @ weight).view(batch, heads, rows, -1), keys[:, None]
 
-    def _project(self, side: str, x: Tensor, index: Tensor | None, sample: Tensor | None) -> Tensor:
-        return self.rotated(self._heads(side, self._norm(x)), x, index, sample)
-
     def _heads(self, side: str, normed: Tensor) -> Tensor:
         flat = getattr(self._attention, f"{side}_proj")(normed)
         heads = flat.view(*normed.shape[:2], -1, self._attention.head_dim)
         norm = getattr(self._attention, f"{side}_norm", None)
         return (heads if norm is None else norm(heads)).transpose(1, 2)
 
-    def rotated(
-        self, heads: Tensor, x: Tensor, index: Tensor | None, sample: Tensor | None
-    ) -> Tensor:
-        """`heads [B, H, n, d]` of the rows `x [B, n, D]`, turned by the angles of their places."""
-        if self._angles is None:
+    def rotated(self, heads: Tensor, angles: Angles) -> Tensor:
+        """`heads [B, H, n, d]` turned by the angles of their rows."""
+        if angles is None:
             return heads
-        cos, sin = (part.to(heads.device) for part in self._angles(x, index, sample))
+        cos, sin = (part.to(heads.device) for part in angles)
         # The model's own function: families pair the channels in different ways.
         rotate: Callable[..., Any] = sys.modules[
             type(self._attention).__module__
         ].apply_rotary_pos_emb
-        return rotate(heads, heads, cos, sin)[0]
+        return rotate(heads, heads[:, :0], cos, sin)[0]  # it takes keys as well: none
 
 
-def _take(embeds: Tensor, index: Tensor) -> Tensor:
-    return embeds.gather(1, index[:, :, None].expand(-1, -1, embeds.shape[2]))
+def take_rows(values: Tensor, index: Tensor) -> Tensor:
+    """The rows `[B, n, D]` at `index [B, n]` of `values [B, L, D]`."""
+    return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 def _take_keys(k: Tensor, group: Group) -> Tensor:
     """Keys of each image's tokens, `[R, Hk, N, d]`, of those of whole prompts `[B, Hk, L, d]`."""
     index = group.columns[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-    return k[group.sample].gather(2, index)
+    return group.of_prompts(k).gather(2, index)
 
 
 #: Logits that `row_lse` holds at once.

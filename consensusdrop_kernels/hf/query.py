@@ -4,8 +4,36 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..methods.base import QueryRule
+from .layout import Group
+
+
+def question_rows(
+    rule: str | QueryRule, group: Group, special: Tensor | None, seeing: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Where the questions of a group's images stand, all on the CPU.
+
+    Args:
+        rule, special: as in `question_mask`.
+        group: the images.
+        seeing: whether only rows count that come after the image.
+
+    Returns:
+        `index [B, M]` int64, the places in each prompt, padded at the left; and `live [R, M]` bool,
+        which of them count for each image.
+    """
+    prompt = group.layout
+    mask = question_mask(rule, prompt.ids, prompt.visual, prompt.asking, special)
+    here = set(group.sample_list)
+    if len(here) < len(mask):
+        mask = mask & torch.tensor([[row in here] for row in range(len(mask))])
+    index, live = padded_rows(mask)
+    live = group.of_prompts(live)
+    if seeing:
+        live = live & (group.of_prompts(index) >= torch.tensor(group.end_list)[:, None])
+    return index, live
 
 
 def question_mask(
@@ -39,19 +67,16 @@ def question_mask(
             )
         return mask.cpu() & valid & ~visual
     if rule == "last_token":
-        return valid & (_seen_from_the_right(valid) == 1)
+        seen = valid.cumsum(1)
+        return valid & (seen == seen[:, -1:])
     text = valid & ~visual
     if special is not None:
         text &= ~torch.isin(ids, special)
     if rule == "all_text":
         return text
-    after = text & (_seen_from_the_right(visual) == 0)
+    seen = visual.cumsum(1)
+    after = text & (seen == seen[:, -1:])
     return torch.where(after.any(1, keepdim=True), after, text)
-
-
-def _seen_from_the_right(mask: Tensor) -> Tensor:
-    """How many true entries are at or after each place."""
-    return mask.flip(1).cumsum(1).flip(1)
 
 
 def padded_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +84,11 @@ def padded_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns `index [B, M]` int64 (0 on padding) and `live [B, M]` bool; `M >= 1`.
     """
-    count = int(mask.sum(1).amax().clamp_min(1)) if len(mask) else 1
-    index = mask.int().argsort(dim=1, stable=True)[:, -count:]
-    live = mask.gather(1, index)
-    return index.masked_fill(~live, 0), live
+    rows = [row.nonzero().flatten() for row in mask]
+    lengths = {len(row) for row in rows}
+    if not any(lengths):
+        return torch.zeros(len(rows), 1, dtype=torch.long), mask.new_zeros(len(rows), 1)
+    if len(lengths) == 1:
+        return torch.stack(rows), mask.new_ones(len(rows), *lengths)
+    index = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+    return index.clamp_min(0), index >= 0

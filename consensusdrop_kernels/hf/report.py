@@ -67,7 +67,7 @@ class Pruning:
             after = before
         else:
             keep = short.keep
-            text = (layout.valid & ~layout.visual).sum(1).tolist()
+            text = layout.text.sum(1).tolist()
             after = [n - t for n, t in zip(short.lengths, text, strict=True)]
         order = [i for group in layout.groups for i in group.members]
         return cls(

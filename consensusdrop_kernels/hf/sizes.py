@@ -29,7 +29,7 @@ def key_bias(sizes: Sequence[Tensor], slots: Sequence[Tensor], batch: int, width
     """
     bias = torch.zeros(batch * width + 1, device=slots[0].device)
     for size, where in zip(sizes, slots, strict=True):
-        bias = bias.index_copy(0, where.flatten(), size.float().clamp_min(1.0).log().flatten())
+        bias.index_copy_(0, where.flatten(), size.float().clamp_min(1.0).log().flatten())
     return bias[:-1].view(batch, width)
 
 
@@ -77,17 +77,20 @@ def _weighted(
             f"size_attention can't be added to a mask of type {type(given).__name__}"
         )
     if given is not None and given.dim() == 4:
-        seen = given if given.dtype == torch.bool else given > torch.finfo(given.dtype).min / 2
+        is_bool = given.dtype == torch.bool
+        hidden = ~given if is_bool else given <= torch.finfo(given.dtype).min / 2
     else:
         place = torch.arange(keys, device=embeds.device)
         row = place[keys - embeds.shape[1] :, None]
-        seen = (place <= row) if window is None else (place <= row) & (place > row - window)
-        seen = seen[None, None]
+        hidden = (place > row) if window is None else (place > row) | (place <= row - window)
+        hidden = hidden[None, None]
         if given is not None:
-            seen = seen & given[:, None, None, gone : gone + keys].bool()
-    whole = torch.nn.functional.pad(bias, (0, gone + keys - bias.shape[1])).to(embeds.dtype)
-    whole = whole[:, None, None, gone:]
-    return whole.masked_fill(~seen, torch.finfo(embeds.dtype).min)
+            hidden = hidden | ~given[:, None, None, gone : gone + keys].bool()
+    new = gone + keys - bias.shape[1]  # less than 0 where entries were cut off
+    if new != 0:
+        bias = torch.nn.functional.pad(bias, (0, new))
+    bias = bias.to(embeds.dtype)[:, None, None, gone:]
+    return bias.masked_fill(hidden, torch.finfo(embeds.dtype).min)
 
 
 class Unflashed:

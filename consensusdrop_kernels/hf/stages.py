@@ -20,9 +20,9 @@ from ..methods.base import Method, QueryRule, Selection, Signals, TextProbe, Wor
 from ..methods.parts import upload
 from ..profiling import step
 from .cache import State, add_stage
-from .layout import Compacted, Layout, Shortened, compacted, slot_counts
-from .probe import Projection, row_lse
-from .query import padded_rows, question_mask
+from .layout import Compacted, Group, Layout, Shortened, chosen_places, compacted, slot_counts
+from .probe import Angles, Projection, row_lse, take_rows
+from .query import question_rows
 from .sizes import key_bias, weighted_mask
 from .words import question_words
 
@@ -171,52 +171,49 @@ class StageProbe:
         progress, hidden = self._progress, self._hidden
         group = progress.layout.groups[self._number]
         columns = progress.slots[self._number] % progress.width
-        project = Projection(self._text, self._layer, self._rows if rotary else None)
+        project = Projection(self._text, self._layer)
         k_all = self._all_keys(project, rotary)
         index = columns[:, None, :, None].expand(-1, k_all.shape[1], -1, k_all.shape[3])
-        k = k_all[group.sample].gather(2, index)
+        k = group.of_prompts(k_all).gather(2, index)
 
         if query == "visual":
-            x = _take(hidden[group.sample], columns)
-            q = self._rotated(project, query, x, columns, group.sample)
+            q = self._plain(project, query, take_rows(group.of_prompts(hidden), columns))
+            angles = self._at(columns, group) if rotary else None
             weight = (progress.slots[self._number] < hidden.shape[0] * progress.width).float()
             asked = (True,) * len(columns)
-            where, keys = columns, k_all[group.sample]
-            live = None if progress.live is None else progress.live[group.sample]
+            where, keys = columns, group.of_prompts(k_all)
+            live = None if progress.live is None else group.of_prompts(progress.live)
         else:
-            index, kept = self._question(query, context)
+            index, kept = question_rows(query, group, self._special, seeing=context == "all")
             where = progress.moved.gather(1, upload(index, hidden.device))
-            q = self._rotated(project, query, _take(hidden, where), where, None)
+            q = self._plain(project, query, take_rows(hidden, where))
+            angles = self._at(where) if rotary else None
             asked = tuple(kept.any(1).tolist())
             weight = upload(kept, hidden.device).float()
             keys, live = k_all, progress.live
-        lse = None
+        q, lse = project.rotated(q, angles), None
         if context == "all":
             seen = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
             seen = seen if live is None else live
             if not self._causal:
-                seen = self._seen(where, group.sample if query == "visual" else None)
+                seen = self._seen(where, group.own if query == "visual" else None)
                 where = torch.full_like(where, keys.shape[2])
             lse = row_lse(q, keys, where, seen, project.scale)
         if query != "visual":
-            q, lse = q[group.sample], None if lse is None else lse[group.sample]
+            q, lse = group.of_prompts(q), None if lse is None else group.of_prompts(lse)
         return TextProbe(q, k, project.scale, lse, weight, asked, self._causal)
 
     def _all_keys(self, project: Projection, rotary: bool) -> Tensor:
         if False not in self._keys:
-            self._keys[False] = Projection(self._text, self._layer, None).keys(self._hidden, None)
+            self._keys[False] = project.keys(self._hidden)
         if rotary not in self._keys:
-            self._keys[rotary] = project.rotated(self._keys[False], self._hidden, None, None)
+            self._keys[rotary] = project.rotated(self._keys[False], self._at())
         return self._keys[rotary]
 
-    def _rotated(
-        self, project: Projection, query: str | QueryRule, x: Tensor, where: Tensor,
-        sample: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def _plain(self, project: Projection, query: str | QueryRule, x: Tensor) -> Tensor:
         if query not in self._queries:
-            plain = Projection(self._text, self._layer, None)
-            self._queries[query] = plain.queries(x, where, sample)
-        return project.rotated(self._queries[query], x, where, sample)
+            self._queries[query] = project.queries(x)
+        return self._queries[query]
 
     def _seen(self, where: Tensor, sample: Tensor | None) -> Tensor:
         """Which places the rows at `where [R, M]` of their samples see, `[R, M, K]` bool."""
@@ -226,31 +223,12 @@ class StageProbe:
         rows = mask.gather(1, where[..., None].expand(-1, -1, mask.shape[2]))
         return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
 
-    def _question(self, query: str | QueryRule, context: str) -> tuple[Tensor, Tensor]:
-        """The prompt's places `[B, M]` of the question's rows, and which count `[R, M]`."""
-        group = self._progress.layout.groups[self._number]
-        prompt = group.layout
-        mask = question_mask(query, prompt.ids, prompt.visual, prompt.asking, self._special)
-        here = torch.zeros(len(mask), dtype=torch.bool)
-        here[list(group.sample_list)] = True
-        index, live = padded_rows(mask & here[:, None])
-        rows = list(group.sample_list)
-        kept = live[rows]
-        if context == "all":
-            kept &= index[rows] >= torch.tensor(group.end_list)[:, None]
-        return index, kept
-
-    def _rows(self, x: Tensor, index: Tensor | None, sample: Tensor | None) -> Any:
-        found = []
-        for part in self._angles:
-            part = part.expand(len(self._hidden), -1, -1)
-            part = part if sample is None else part[sample]
-            found.append(part if index is None else _take(part, index))
-        return tuple(found)
-
-
-def _take(rows: Tensor, index: Tensor) -> Tensor:
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+    def _at(self, index: Tensor | None = None, group: Group | None = None) -> Angles:
+        """The angles at `index` of every row, or of those of a group; None: at all places."""
+        cos, sin = (part.expand(len(self._hidden), -1, -1) for part in self._angles)
+        if group is not None:
+            cos, sin = group.of_prompts(cos), group.of_prompts(sin)
+        return (cos, sin) if index is None else (take_rows(cos, index), take_rows(sin, index))
 
 
 @step("stage")
@@ -301,8 +279,7 @@ def advance(
             group.sample_list, before, slot_counts(selection), strict=True
         ):  # fmt: skip
             lengths[row] += new - old
-        here = slots.gather(1, selection.index.clamp_min(0))
-        places.append(torch.where(selection.index < 0, end, here).flatten())
+        places.append(chosen_places(slots, selection, end))
         progress.sizes[number] = _joined(selection, progress.sizes[number])
         progress.padded[number] = selection.padded
         if budget < count:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..methods.base import QueryRule, Words
 from ..methods.parts import upload
 from .layout import Group
-from .query import padded_rows, question_mask
+from .query import question_rows
 
 
 def question_words(
@@ -24,14 +23,9 @@ def question_words(
         embeds: `[B, K, D]`, the rows of the prompts.
         moved: `[B, L]`, where each token of the prompt stands in them; None: where it was.
     """
-    prompt = group.layout
-    mask = question_mask(rule, prompt.ids, prompt.visual, prompt.asking, special)
-    rows = list(group.sample_list)
-    here = torch.zeros(len(mask), dtype=torch.bool)
-    here[rows] = True
-    index, live = padded_rows(mask & here[:, None])
-    asked = tuple(live.any(1)[rows].tolist())
+    index, live = question_rows(rule, group, special)
+    asked = tuple(live.any(1).tolist())
     where = upload(index, embeds.device)
     where = where if moved is None else moved.gather(1, where)
     words = embeds.gather(1, where[..., None].expand(-1, -1, embeds.shape[2]))
-    return Words(words[group.sample], upload(live[rows], embeds.device), asked)
+    return Words(group.of_prompts(words), upload(live, embeds.device), asked)

@@ -42,7 +42,7 @@ def projection(name: str, dtype: torch.dtype = torch.float32) -> Projection:
         layer.self_attn.k_proj.weight.normal_(0, 0.1)
         if layer.self_attn.k_proj.bias is not None:
             layer.self_attn.k_proj.bias.normal_()
-    return Projection(text.to(dtype), 0, None)
+    return Projection(text.to(dtype), 0)
 
 
 def centred(q: Tensor, k: Tensor) -> Tensor:
@@ -62,11 +62,11 @@ def test_it_rounds_no_more_than_projected_keys(name: str, dtype: torch.dtype) ->
     draw = torch.Generator().manual_seed(1)
     asks = torch.randn(2, 5, 256, generator=draw).to(dtype)
     x = torch.randn(2, 40, 256, generator=draw).to(dtype)
-    q = project.queries(asks, torch.zeros(2, 5, dtype=torch.long))
+    q = project.queries(asks)
     layer = project._norm, project._attention.k_proj
     keys = layer[0](x).double() @ layer[1].weight.double().T
     exact = centred(q, keys.view(2, 40, 2, 32).transpose(1, 2))
-    direct = centred(q, project.keys(x, None)) - exact
+    direct = centred(q, project.keys(x)) - exact
     folded_q, folded_k = project.folded(q, x)
     assert folded_q.shape == (2, 8, 5, 256)
     assert folded_k.shape == (2, 1, 40, 256)
@@ -182,7 +182,7 @@ def test_a_projection_with_more_to_it_is_never_folded(
 def test_normalised_keys_are_never_folded(monkeypatch: Any) -> None:
     monkeypatch.setattr(probe, "FOLD", 0)
     text: Any = random_llava("qwen3").model.language_model
-    assert not Projection(text, 0, None).folds(torch.zeros(1, 4, 1, 12))
+    assert not Projection(text, 0).folds(torch.zeros(1, 4, 1, 12))
 
 
 def test_it_is_for_few_rows_on_the_cpu() -> None:
