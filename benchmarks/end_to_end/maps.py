@@ -75,6 +75,12 @@ class Maps:
                 "the maps form is written for LLaVA and LLaVA-NeXT with a CLIP tower, whose "
                 "features are the patches of one layer"
             )
+        eager = model.model.language_model.config._attn_implementation == "eager"
+        if isinstance(method, FastV) and eager:
+            raise ValueError(
+                "the maps form of FastV cuts between layers that make their own masks: run it with "
+                "sdpa or flash attention"
+            )
         self.model = model
         self.keep = int(method.keep)
         self.span: Span = lambda phase: contextlib.nullcontext()

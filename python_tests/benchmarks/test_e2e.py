@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from benchmarks import e2e
 from benchmarks.accuracy.runs import parse_methods
 from benchmarks.end_to_end import clock, models
-from benchmarks.end_to_end.contenders import Contender, contenders
+from benchmarks.end_to_end.contenders import Contender, contenders, set_attention
 from benchmarks.end_to_end.maps import PLAIN
 from benchmarks.end_to_end.phases import PHASES, watched
 from consensusdrop_kernels import cli, patch
@@ -84,6 +84,20 @@ def test_fastv_by_the_map_of_a_layer_chooses_what_the_op_chooses_there(tiny):
     lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
     whole = inputs["input_ids"].shape[1] + 2  # the last token was not read again
     assert lengths == [whole, whole, whole - 196 + 32, whole - 196 + 32]
+
+
+def test_fastv_has_no_maps_form_in_eager_attention(tiny):
+    assert set_attention(tiny, "eager") == ""
+    try:
+        rows = rows_of(tiny, f"FastV,{CONSENSUS}", 32)
+    finally:
+        assert set_attention(tiny, "sdpa") == ""
+    assert "sdpa or flash" in rows["FastV, maps 32"].reason
+    for row in rows.values():
+        if not row.reason:
+            row.generate(tiny.batch(1), 3)
+            assert row.counts(tiny).seen()[-1] == (row.keep or 196)
+    assert len([row for row in rows.values() if row.reason]) == 1
 
 
 def test_other_options_have_no_maps_form(tiny):
