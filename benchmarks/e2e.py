@@ -203,8 +203,10 @@ def _try(contender: Contender, subject: Subject, inputs: Inputs, row: results.Ro
         torch.cuda.reset_peak_memory_stats(subject.device)
         contender.generate(inputs, 1)
         torch.cuda.synchronize(subject.device)
-        row["peak_bytes"] = torch.cuda.max_memory_allocated(subject.device)
-        row["peak_above_bytes"] = row["peak_bytes"] - resting
+        peak = torch.cuda.max_memory_allocated(subject.device)
+        row["peak_above_bytes"] = peak - resting  # what other rows still hold is no part of it
+        held = (*contender.model.parameters(), *contender.model.buffers(), *inputs.values())
+        row["peak_bytes"] = row["peak_above_bytes"] + sum(tensor.nbytes for tensor in held)
     return True
 
 
@@ -350,6 +352,11 @@ def subject_of(args: argparse.Namespace) -> Subject:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DemoError(f"--device {device}: torch {torch.__version__} finds no GPU here")
+    if ":" in device and device.startswith("cuda"):
+        try:
+            torch.cuda.set_device(device)  # events and graphs are of the current one
+        except RuntimeError as error:
+            raise DemoError(f"--device {device} can't be used: {first_sentence(error)}") from error
     subject = Subject(args.model, device, args.dtype)
     most = max(args.keep)
     if most > subject.patches:

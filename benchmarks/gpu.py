@@ -87,6 +87,7 @@ def commands(device: str, out: pathlib.Path, seconds: int) -> dict[str, list[str
     ours = ["--device", device]
     small = [] if gpu else ["--small", "--dtype", "float32"]
     model = ["--model", "llava-1.5-7b", "--keep", "64,192"]
+    batches = ["--batch", "1,8", "--new-tokens", "16"] if gpu else []
     models = ["python_tests/hf", "python_tests/methods"]
     rounds, load, tokens = [], [], []
     if not gpu:
@@ -113,7 +114,8 @@ def commands(device: str, out: pathlib.Path, seconds: int) -> dict[str, list[str
             python, "benchmarks/growth.py", *ours, "--out", str(out / "growth.json"),
             "--plot", str(out / "growth.png"), *tokens,
         ],
-        "e2e": [python, "benchmarks/e2e.py", *ours, *model, *rounds, "--out", str(out / "e2e")],
+        "e2e": [python, "benchmarks/e2e.py", *ours, *model, *batches, *rounds,
+                "--out", str(out / "e2e")],
         "serve": [
             python, "benchmarks/serve.py", *ours, *model, *load, "--out", str(out / "serve"),
         ],
