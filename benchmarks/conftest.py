@@ -48,6 +48,15 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["kernels"] = consensusdrop_kernels.backends()[backend].reason
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Only `test_ops.py` runs on a GPU: what the others time is no figure of that device."""
+    if config.getoption("device") == "cuda":
+        skip = pytest.mark.skip(reason="times a CPU: pass --device cpu")
+        for item in items:
+            if item.path.name != "test_ops.py":
+                item.add_marker(skip)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was not timed, and why."""
     for line in getattr(terminalreporter.config, "left_out", ()):  # set by `test_ops.py`

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -17,9 +17,10 @@ def markdown_table(rows: Iterable[Row]) -> str:
     """One line per group: the time of its first contender, and the others' times over it.
 
     Args:
-        rows: `group`, `name` of the contender, `median` in seconds; `bytes` moved, `copy_share` and
-            `peak_bytes` where they are known. The first contender of the first group is the one
-            that the others are divided by; a group without it has no line.
+        rows: `group`, `name` of the contender, `median` in seconds; `bytes` moved, `copy_share`,
+            `peak_bytes`, `graph_us` and `graph_cold_us` where they are known. The first contender
+            of the first group is the one that the others are divided by; a group without it has no
+            line.
     """
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -56,7 +57,14 @@ def _peak(row: Row) -> str:
     return "-" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e6:.1f}"
 
 
-_FIGURES = {"GB/s": _speed, "of copy": _share, "peak MB": _peak}
+def _graph(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[key]:.1f}" if key in row else "-"
+
+
+_FIGURES = {
+    "GB/s": _speed, "of copy": _share, "peak MB": _peak,
+    "graph us": _graph("graph_us"), "cold us": _graph("graph_cold_us"),
+}  # fmt: skip
 
 
 def _duration(seconds: float) -> str:

@@ -4,15 +4,16 @@
     make bench    # with the other files here, and a Markdown table of ratios at the end
 
 Run on an otherwise idle machine. A contender is timed only after the kernels of its case agreed
-with the definition of the op. Every call takes the next of several sets of inputs that together
-exceed the caches, and ends when the device is done. `extra_info` of each:
+with the definition of the op. Every call takes the next of 2 to 16 sets of inputs, which together
+exceed the caches but where one is small (an L2 of 60 MB holds 16 of up to 4 MB), and ends when the
+device is done. `extra_info` of each:
 
 - `bytes`: each input of the op read and each output written once; `copy_share`: what part of the
   time of the call that takes at the bandwidth of a large copy, measured in the same run;
 - `peak_bytes`: peak memory above the inputs, outputs included (`memory.py` says how);
 - on a GPU `graph_us`, the time within a CUDA graph on the same inputs each time,
-  `graph_cold_us`, on inputs that rotate past the L2 cache, `graph`, whether it could be captured,
-  and `host_us`, what a call costs the host.
+  `graph_cold_us`, on those sets in turn, `rotated_bytes`, how much that is to compare with the L2,
+  `graph`, whether it could be captured, and `host_us`, what a call costs the host.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from benchmarks.timing import copy_bandwidth, measure, rotated, within
 SECONDS = 0.2  # about, of the rounds of one contender
 ROUNDS = 50
 WARM = 16  # calls in a graph on the same inputs
+REPLAYS = 10  # of a graph
 
 
 class Prepared(NamedTuple):
@@ -69,7 +71,7 @@ def bandwidth(device: str) -> float:
 
 def graph_times(call: Call, sets: list[Inputs]) -> dict[str, Any]:
     """Microseconds of the call on a GPU, apart from what it costs to ask for it."""
-    cold, warm = measure(call, sets), measure(call, sets[:1] * WARM)
+    cold, warm = (measure(call, some, REPLAYS) for some in (sets, sets[:1] * WARM))
     return {
         "graph_us": warm.median_us,
         "graph_cold_us": cold.median_us,
@@ -102,7 +104,8 @@ def test_op(benchmark: Any, request: pytest.FixtureRequest, case: Case, contende
     if contender == OURS:
         benchmark.extra_info["backend"] = default_backend(device)
     if device == "cuda":
-        benchmark.extra_info |= graph_times(call, sets)
+        rotated_bytes = sum(size(case.own(inputs)) for inputs in sets)
+        benchmark.extra_info |= {"rotated_bytes": rotated_bytes} | graph_times(call, sets)
     benchmark.pedantic(run, setup=lambda: ((next(rotation),), {}), rounds=rounds)
     if not benchmark.disabled:
         share = moved / benchmark.stats.stats.median / bandwidth(device)

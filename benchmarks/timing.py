@@ -1,8 +1,8 @@
 """Timing a call on a GPU, or on a CPU so that the same code can be exercised without one.
 
 GPU time comes from CUDA-graph replays over several sets of inputs that together exceed the L2
-cache; what a call costs the host is timed apart. Nothing is timed before its result was checked.
-A slow call is repeated less often: what is timed takes about a second.
+cache, as far as 16 of them can; what a call costs the host is timed apart. Nothing is timed before
+its result was checked. A slow call is repeated less often: what is timed takes about a second.
 """
 
 from __future__ import annotations

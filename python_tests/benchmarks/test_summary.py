@@ -41,6 +41,14 @@ def test_a_table_for_each_op_and_ratios_to_its_first_contender():
     ]  # fmt: skip
 
 
+def test_what_a_graph_took_has_columns_of_its_own():
+    found = summary.tables({"benchmarks": [
+        timed("test_op", "a 1", "cdrop", 2e-5, op="a", graph_us=3.25, graph_cold_us=4.5),
+    ]})  # fmt: skip
+    assert "| case | cdrop | graph us | cold us |" in found
+    assert "| 1 | 20.0 us | 3.2 | 4.5 |" in found
+
+
 def test_groups_with_other_subjects_get_tables_of_their_own():
     found = summary.tables({"benchmarks": [
         timed("test_decode", "one row", "stock", 1.0),
