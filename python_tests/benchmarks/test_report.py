@@ -36,6 +36,8 @@ OPS = {
         op_row("cdrop", 4.0),
         op_row("plain torch", 10.0),
         {"op": "token_merge", "shape": "B9 N9", "dtype": "float32", "error": "no memory"},
+        op_row("cdrop", 0.0, shape="B7 N7", error="it failed"),
+        op_row("plain torch", 10.0, shape="B7 N7"),  # over nothing
     ],
 }
 PART = {"verdict": "ok", "exit_code": 0, "seconds": 1.5, "last_line": "3 passed | 1 skipped"}
