@@ -114,17 +114,21 @@ class Unpatched:
         hidden, where = sequence.embeds[None], sequence.positions[..., None, :]
         where = where[1:] if where.dim() == 3 and len(where) == 4 else where
         cos, sin = self.text.rotary_emb(hidden, where)
-        places = torch.arange(hidden.shape[1])
+        places, sizes = torch.arange(hidden.shape[1]), sequence.sizes
         for at, layer in enumerate(self.text.layers):
             if at in cuts:
                 new = torch.arange(hidden.shape[1] - since, hidden.shape[1])
                 keep = torch.cat([cuts[at].left, new])
                 places, hidden = places[keep], cuts[at].merged(hidden)[:, keep]
                 cos, sin = cos[..., keep, :], sin[..., keep, :]
+                if sizes is not None:
+                    sizes = torch.cat([cuts[at].sizes.to(sizes), sizes.new_ones(len(new))])
             if isinstance(sequence.masks, Tensor):
                 mask = sequence.masks[places][:, places]
             else:
                 mask = torch.ones(len(places), len(places), dtype=torch.bool).tril()
+            if sizes is not None:
+                mask = _weighed(mask, sizes)
             given = {"attention_mask": self.handed(mask), "position_embeddings": (cos, sin)}
             hidden = layer(hidden, **given)
             if sequence.deepstack is not None and at < len(sequence.deepstack):
@@ -254,10 +258,12 @@ def pruned(
 
 @dataclass
 class Cut:
-    """A stage inside the decoder, of one prompt: what is left of its `K` places, and what becomes
-    of those that take in others: their places, weights and own place."""
+    """A stage inside the decoder, of one prompt: what is left of its `K` places and how many tokens
+    each stands for, and what becomes of those that take in others: their places, weights and own
+    place."""
 
     left: Tensor
+    sizes: Tensor
     merges: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
 
     def merged(self, hidden: Tensor) -> Tensor:
@@ -359,7 +365,10 @@ def cut(
     moved = left.cumsum(0) - 1
     places[:] = [moved[place] for place, _ in kept]
     sizes[:] = [size for _, size in kept]
-    return Cut(left.nonzero().flatten(), merges)
+    whole = torch.ones(int(left.sum())).double()
+    for place, size in zip(places, sizes, strict=True):
+        whole[place] = size
+    return Cut(left.nonzero().flatten(), whole, merges)
 
 
 def shortened(

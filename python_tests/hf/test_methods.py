@@ -26,8 +26,11 @@ GREEDY: dict[str, Any] = {
 METHODS: dict[str, tuple[type[Method], dict[str, Any]]] = {
     row.method.__name__: (row.method, {}) for row in methods()
 } | {
-    "ahead": (ConsensusDrop, {"probe": "lookahead", "probe_layer": 1, "coverage": 0.5}),
-    "diverse": (ConsensusDrop, {"diversity": 0.3, "size_attention": True}),
+    "ahead": (
+        ConsensusDrop,
+        {"probe": "lookahead", "probe_layer": 1, "diversity": 0.0, "coverage": 0.5},
+    ),
+    "plain": (ConsensusDrop, {"diversity": 0.0, "size_attention": False, "positions": None}),
     "in_llm": (ConsensusDrop, {"probe": "in_llm", "rotary": False}),
     "folded": (ConsensusDrop, {"rotary": False, "rows": "last", "contextual": 1}),
     "sizes": (AdaFV, {"merge": True, "size_attention": True, "query": "all_text"}),
