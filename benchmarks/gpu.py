@@ -176,7 +176,7 @@ def run(name: str, command: list[str], limit: int, out: pathlib.Path) -> dict[st
         "verdict": "ok" if code == 0 else "not run" if not_run else "failed",
         "exit_code": code if code is not None else f"over {limit} s",
         "seconds": round(time.monotonic() - start, 1),
-        "last_line": lines[-1] if lines else "",
+        "last_line": lines[-1].replace(f"{ROOT}{os.sep}", "") if lines else "",
     }
 
 

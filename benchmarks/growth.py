@@ -264,8 +264,10 @@ def main() -> int:
             found["slopes"] = slopes(found["rows"], options.device)
             options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\n{markdown(found)}")
+    written = [options.out]
     if options.plot:
-        plot(options.plot, found)
+        written.append(plot(options.plot, found))
+    print(f"written to {', '.join(map(str, written))}")
     return 0
 
 
