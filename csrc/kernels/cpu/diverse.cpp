@@ -57,10 +57,13 @@ class Greedy {
                       score_starts(task / parts, task % parts * kStarts, scratch);
                     });
     }
+    const Threads alone;
     for (int64_t step = 0; step < steps; ++step) {
-      for_each_task(threads_, p_.batch * blocks_, kBlock, [&](int64_t task, float* scratch) {
-        if (samples_[task / blocks_].wanted > step) offer_block(task, step, scratch);
-      });
+      const int64_t work = p_.batch * p_.tokens * (p_.width + (dpp_ ? step : 0));
+      for_each_task(work < kShared ? alone : threads_, p_.batch * blocks_, kBlock,
+                    [&](int64_t task, float* scratch) {
+                      if (samples_[task / blocks_].wanted > step) offer_block(task, step, scratch);
+                    });
       for (int64_t b = 0; b < p_.batch; ++b) {
         if (samples_[b].wanted > step) take_best(b);
       }
@@ -69,8 +72,9 @@ class Greedy {
   }
 
  private:
-  static constexpr int64_t kBlock = 64;   // tokens of a task
-  static constexpr int64_t kStarts = 16;  // tokens whose likest is looked for together
+  static constexpr int64_t kBlock = 64;        // tokens of a task
+  static constexpr int64_t kStarts = 16;       // tokens whose likest is looked for together
+  static constexpr int64_t kShared = 1 << 18;  // products of a step that is worth waking others for
   static_assert(kStarts % kDotQueries == 0);
 
   enum State : uint8_t { kShut, kOpen, kChosen };  // shut: invalid, or it can't be compared
