@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.accuracy import evaluate
 
-#: Shares of right answers to other questions: with all tokens and with 32 of 196 at random (4,096 of
-#: the validation split, seed 1, known to half a point), and with 32 by ConsensusDrop as it comes
-#: (1,280 of the test split, docs/accuracy.md, known to a point).
+#: Shares of right answers to other questions: with all tokens and with 32 of 196 at random (4,096
+#: of the validation split, seed 1, known to half a point), and with 32 by ConsensusDrop as it
+#: comes (1,280 of the test split, docs/accuracy.md, known to a point).
 KNOWN = {"Full": 0.918, "ours": 0.909, "Random": 0.600}
 OURS = 'ConsensusDrop(label="ours")'
 COUNT = 160
