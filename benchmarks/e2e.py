@@ -195,7 +195,7 @@ def _try(contender: Contender, subject: Subject, inputs: Inputs, row: results.Ro
     counts = contender.counts(subject)
     row["tokens"] = {"before": counts.before, "after": counts.after, "average": counts.average}
     row["kv_bytes"] = kv_bytes(cache)
-    row["flops_of_full"] = _flops(subject, inputs, counts)
+    row["flops_of_full"] = _flops(subject, counts)
     del cache
     if subject.device.type == "cuda":
         torch.cuda.synchronize(subject.device)
@@ -210,13 +210,14 @@ def _try(contender: Contender, subject: Subject, inputs: Inputs, row: results.Ro
     return True
 
 
-def _flops(subject: Subject, inputs: Inputs, counts: Counts) -> float | None:
+def _flops(subject: Subject, counts: Counts) -> float | None:
     """Operations of the prefill over those with all tokens, or None where they are not counted."""
+    one = subject.request()
     try:
-        cost = Cost.of(subject.model.config, subject.model.dtype.itemsize)
+        cost = Cost.of(subject.model.config, subject.model.dtype.itemsize, one)
     except ValueError:
         return None
-    text = inputs["input_ids"].shape[1] - counts.before
+    text = one["input_ids"].shape[1] - counts.before
     every = [text + counts.before] * counts.layers
     return cost.prefill(counts.seen(text)) / cost.prefill(every)
 

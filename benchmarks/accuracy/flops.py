@@ -12,12 +12,22 @@ decoder layer `l` sees:
 | decoder layer | `2 n_l (2 D H d + 2 D Hk d + 3 D I) + 4 n_l^2 H d` |
 | head, one row | `2 D V` |
 
-Padding counts nothing: the figures are a question's own, whatever batch it came in.
+LLaVA-NeXT has the first three once for each tile of its picture. Qwen2.5-VL has its own:
+
+| part | operations |
+|---|---|
+| patches, of two frames | `2 N 6 p^2 W` |
+| vision layer; `n_w` the patches of a window, of the whole frame in a few layers | \
+`2 N (4 W^2 + 3 W I) + 4 W sum(n_w^2)` |
+| merger, `m = 4` patches to a token | `2 N / m ((m W)^2 + m W D)` |
+
+Norms, activations, rotary angles and the resizing of pictures count nothing, nor does padding: the
+figures are a question's own, whatever batch it came in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +38,7 @@ from consensusdrop_kernels import patch
 from consensusdrop_kernels.methods import Method
 
 #: Decoders whose layers are attention and one gated MLP.
-_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+_DECODERS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -52,28 +62,31 @@ class Cost:
     kv: int
 
     @classmethod
-    def of(cls, config: Any, itemsize: int) -> Cost:
-        """The cost of a LLaVA.
+    def of(cls, config: Any, itemsize: int, inputs: Mapping[str, Any] | None = None) -> Cost:
+        """The cost of a LLaVA, a LLaVA-NeXT or a Qwen2.5-VL.
 
         Args:
             config: its configuration.
             itemsize: bytes of a key's element.
+            inputs: a prompt, as the model takes it; only LLaVA, all of whose pictures have one
+                size, can do without.
 
         Raises:
-            ValueError: the model is built otherwise; nothing is counted then.
+            ValueError: the model is built otherwise, or its pictures have no size; nothing is
+                counted then.
         """
         text = config.get_text_config()
-        if config.model_type != "llava" or text.model_type not in _DECODERS:
+        if config.model_type not in _VISION or text.model_type not in _DECODERS:
             raise ValueError(
-                f"operations are counted for llava with a decoder of {', '.join(_DECODERS)}, "
-                f"not for {config.model_type} with {text.model_type}"
+                f"operations are counted for {', '.join(_VISION)} with a decoder of "
+                f"{', '.join(_DECODERS)}, not for {config.model_type} with {text.model_type}"
             )
         width, heads = text.hidden_size, text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or width // heads
         keys = text.num_key_value_heads * head_dim
         linear = 2 * width * (2 * heads * head_dim + 2 * keys + 3 * text.intermediate_size)
         return cls(
-            _vision(config, width),
+            _VISION[config.model_type](config, width, inputs or {}),
             text.num_hidden_layers,
             linear,
             4 * heads * head_dim,
@@ -91,7 +104,8 @@ class Cost:
         return self.kv * sum(tokens)
 
 
-def _vision(config: Any, out: int) -> int:
+def _llava(config: Any, out: int, inputs: Mapping[str, Any]) -> int:
+    """One tile: tower and projector."""
     tower = config.vision_config
     clip = tower.model_type == "clip_vision_model"
     if not clip and (tower.model_type != "siglip_vision_model" or tower.vision_use_head):
@@ -111,6 +125,57 @@ def _vision(config: Any, out: int) -> int:
         + tower.num_hidden_layers * (linear + 4 * rows**2 * width)
         + 2 * tokens * (features * out + out**2)
     )
+
+
+def _llava_next(config: Any, out: int, inputs: Mapping[str, Any]) -> int:
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    sizes = _sizes(config, inputs, "image_sizes")
+    side, grids = config.vision_config.image_size, config.image_grid_pinpoints
+    tiles = sum(image_size_to_num_patches(size, grids, side) for size in sizes)
+    return tiles * _llava(config, out, inputs)
+
+
+def _qwen2_5_vl(config: Any, out: int, inputs: Mapping[str, Any]) -> int:
+    tower = config.vision_config
+    width, merge = tower.hidden_size, tower.spatial_merge_size
+    window = tower.window_size // tower.patch_size
+    patches = whole = windowed = 0
+    for frames, *sides in _sizes(config, inputs, "image_grid_thw"):
+        high, wide = sides
+        patches += frames * high * wide
+        whole += frames * (high * wide) ** 2
+        high, wide = (_squares(side, window) for side in sides)
+        windowed += frames * high * wide
+    full = len(tower.fullatt_block_indexes)
+    attended = full * whole + (tower.depth - full) * windowed
+    pixels = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+    inner = merge**2 * width
+    return (
+        2 * patches * pixels * width
+        + 2 * tower.depth * patches * (4 * width**2 + 3 * width * tower.intermediate_size)
+        + 4 * attended * width
+        + 2 * patches // merge**2 * (inner**2 + inner * out)
+    )
+
+
+def _squares(side: int, window: int) -> int:
+    """Sum of the squares of the lengths of windows along a side; the last may be a short one."""
+    return side // window * window**2 + (side % window) ** 2
+
+
+def _sizes(config: Any, inputs: Mapping[str, Any], name: str) -> list[list[int]]:
+    if name not in inputs:
+        raise ValueError(
+            f"operations of {config.model_type} depend on its pictures: they are counted where "
+            f"{name} is known"
+        )
+    found: list[list[int]] = inputs[name].tolist()
+    return found
+
+
+#: By the model type: operations from the pixels to tokens of the decoder's width.
+_VISION = {"llava": _llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen2_5_vl}
 
 
 def layer_tokens(
@@ -192,7 +257,7 @@ def selection(model: Any, inputs: Any, method: Method, cost: Cost) -> int:
     """Operations that a method adds to a prefill: what runs of it, less what `Cost` says.
 
     Args:
-        model: a LLaVA without a patch.
+        model: what `cost` is of, without a patch.
         inputs: one prompt with one image.
         method: to patch it with.
         cost: the model's.
