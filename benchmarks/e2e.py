@@ -12,10 +12,13 @@ second after it, peak memory, bytes of the KV cache, and where the time goes. In
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import statistics
 import sys
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +52,14 @@ FLOOR = "Random"
 ATTENTIONS = ("sdpa", "flash", "eager")
 _WARM_UPS = 2
 _DECODES = 5  # at most so many rounds of whole answers: they are long
+_LEAST = 3  # rounds, however little time there is
+#: Of the time there is: for first tokens, and as much for phases; for whole answers.
+_PREFILLS, _ANSWERS = 0.35, 0.2
+_MEASURED = (
+    "tokens", "ttft_ms", "samples_ms", "processor_ms", "of_full", "of_random",
+    "of_random_processor", "over_ops", "flops_of_full", "share_of_saving", "decode_tokens_per_s",
+    "peak_bytes", "peak_above_bytes", "kv_bytes", "phases_ms",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Options:
         new_tokens: length of an answer, for tokens a second; 1 measures none.
         repeats: rounds.
         maps: whether maps forms run as well.
+        seconds: of the whole, about: what would take longer has fewer rounds, but three.
     """
 
     specs: tuple[Spec, ...]
@@ -72,6 +84,7 @@ class Options:
     new_tokens: int = 32
     repeats: int = 20
     maps: bool = True
+    seconds: float = math.inf
 
 
 def run(
@@ -85,28 +98,30 @@ def run(
         save: called with what is there after each attention and batch size.
 
     Returns:
-        `header` and `rows`.
+        `header` and `rows`. A row that went wrong, at its first run or later, has the `reason` and
+        no figures; it has `failed` if that is nothing the method or the machine announced (a
+        refusal, too little memory), such as another number of tokens than the budget.
 
     Raises:
-        DemoError: the stock model answers otherwise after than before, or a method keeps another
-            number of tokens than its budget.
+        DemoError: the stock model answers otherwise after than before.
     """
+    end = time.monotonic() + options.seconds
     rows: list[results.Row] = []
     asked = {"repeats": options.repeats, "new_tokens": options.new_tokens}
     found: results.Results = {"header": header_of(subject) | asked, "rows": rows}
     set_attention(subject, "sdpa")
     before = _answer(subject)
+    groups = len(options.attentions) * len(options.batches)
     for attention in options.attentions:
         reason = set_attention(subject, attention)
         if reason:
-            rows += [
-                _row(attention, batch, Contender(FULL, "full", None, None, reason=reason))
-                for batch in options.batches
-            ]
-            continue
-        made = contenders(subject, options.specs, options.keeps, options.maps)
+            made = [Contender(FULL, "full", None, None, reason=reason)]
+        else:
+            made = contenders(subject, options.specs, options.keeps, options.maps)
         for batch in options.batches:
-            rows += _measured(subject, options, attention, batch, made)
+            seconds = (end - time.monotonic()) / groups
+            rows += _measured(subject, options, attention, batch, made, seconds)
+            groups -= 1
             save(found)
         del made
     set_attention(subject, "sdpa")
@@ -131,83 +146,114 @@ def _answer(subject: Subject) -> list[int]:
 
 
 def _measured(
-    subject: Subject, options: Options, attention: str, batch: int, made: Sequence[Contender]
-) -> list[results.Row]:
-    """The rows of one attention and batch size."""
+    subject: Subject, options: Options, attention: str, batch: int, made: Sequence[Contender],
+    seconds: float,
+) -> list[results.Row]:  # fmt: skip
+    """The rows of one attention and batch size, in about so many seconds."""
+    end = time.monotonic() + seconds
     inputs = subject.batch(batch)
     rows = {c.name: _row(attention, batch, c) for c in made}
-    live = [c for c in made if not c.reason and _try(c, subject, inputs, rows[c.name])]
-    decodes = min(options.repeats, _DECODES) if options.new_tokens > 1 else 0
-    total = len(live) * (2 * options.repeats + decodes)
+    spent = {c.name: _try(c, subject, inputs, rows[c.name]) for c in made if not c.reason}
+    live = [c for c in made if not rows[c.name]["reason"]]
+    left, once = end - time.monotonic(), sum(spent[c.name] for c in live)
+    rounds = int(min(options.repeats, max(_LEAST, _PREFILLS * left / max(once, 1e-9))))
+    decodes = min(rounds, _DECODES) if options.new_tokens > 1 else 0
     title = f"{attention}, batch {batch}"
+    total = len(live) * (2 * rounds + decodes)
     with tqdm(total=total, desc=title, unit="run", disable=None) as bar:
         calls = {c.name: partial(c.generate, inputs, 1) for c in live}
-        found = clock.interleaved(calls, options.repeats, subject.device, bar.update)
-        decoding = {c.name: partial(_decode, c, subject, inputs, options.new_tokens) for c in live}
-        rates: dict[str, list[float]] = {name: [] for name in decoding}
-        for _ in range(decodes):
-            for name, decode in decoding.items():
-                rates[name].append(decode())
-                bar.update()
+        found = clock.interleaved(
+            calls, rounds, subject.device, bar.update, failed=lambda name, e: _note(rows[name], e)
+        )
+        answers = {c.name: partial(_decode, c, subject, inputs, options.new_tokens) for c in live}
+        rates = _rates(answers, rows, decodes, _ANSWERS * left, bar)
         for contender in live:
-            row = rows[contender.name]
-            row["phases_ms"] = _phases(contender, subject, inputs, options.repeats, bar)
-            samples = found[contender.name]
-            row["samples_ms"] = [round(1e3 * t, 4) for t in samples.wall]
-            if subject.device.type == "cpu":
-                row["processor_ms"] = [round(1e3 * t, 4) for t in samples.processor]
-            row["ttft_ms"] = clock.spread(samples.wall)
-            if decodes:
-                row["decode_tokens_per_s"] = statistics.median(rates[contender.name])
-    _compare(rows, live, found, subject)
+            with _noted(rows[contender.name]) as row:
+                if row["reason"]:
+                    continue
+                row["phases_ms"] = _phases(contender, subject, inputs, rounds, bar)
+                samples = found[contender.name]
+                row["samples_ms"] = [round(1e3 * t, 4) for t in samples.wall]
+                if subject.device.type == "cpu":
+                    row["processor_ms"] = [round(1e3 * t, 4) for t in samples.processor]
+                row["ttft_ms"] = clock.spread(samples.wall)
+                if decodes:
+                    row["decode_tokens_per_s"] = statistics.median(rates[contender.name])
+    for row in rows.values():
+        if row["reason"]:
+            row |= dict.fromkeys(_MEASURED)
+    live = [c for c in live if not rows[c.name]["reason"]]
+    _compare(rows, live, {c.name: found[c.name] for c in live}, subject)
     return list(rows.values())
+
+
+@contextlib.contextmanager
+def _noted(row: results.Row) -> Iterator[results.Row]:
+    """The row, which has as its reason what goes wrong meanwhile; the run goes on."""
+    try:
+        yield row
+    except Exception as error:
+        _note(row, error)
+
+
+def _note(row: results.Row, error: Exception) -> None:
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        row["reason"] = "out of memory"
+        return
+    kind = "" if isinstance(error, DemoError) else f"{type(error).__name__}: "
+    row["reason"] = kind + first_sentence(error)
+    row["failed"] = True
 
 
 def _row(attention: str, batch: int, contender: Contender) -> results.Row:
     """A row as it is before anything was measured."""
-    missing = dict.fromkeys(
-        (
-            "tokens", "ttft_ms", "samples_ms", "processor_ms", "of_full", "of_random",
-            "of_random_processor", "over_ops", "flops_of_full", "share_of_saving",
-            "decode_tokens_per_s", "peak_bytes", "peak_above_bytes", "kv_bytes", "phases_ms",
-        )
-    )  # fmt: skip
     return {
         "attention": attention, "batch": batch, "name": contender.name, "label": contender.label,
         "form": contender.form, "keep": contender.keep,
         "method": None if contender.method is None else repr(contender.method),
-        "reason": contender.reason, **missing,
+        "reason": contender.reason, "failed": False, **dict.fromkeys(_MEASURED),
     }  # fmt: skip
 
 
-def _try(contender: Contender, subject: Subject, inputs: Inputs, row: results.Row) -> bool:
-    """Run a contender for the first time and note all that is not time; whether it can run."""
-    try:
-        for _ in range(_WARM_UPS):
-            cache = contender.generate(inputs, 1).past_key_values
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        row["reason"] = "out of memory"
-    except (ValueError, NotImplementedError) as error:
-        row["reason"] = first_sentence(error)
-    if row["reason"]:
-        return False
-    counts = contender.counts(subject)
-    row["tokens"] = {"before": counts.before, "after": counts.after, "average": counts.average}
-    row["kv_bytes"] = kv_bytes(cache)
-    row["flops_of_full"] = _flops(subject, counts)
-    del cache
-    if subject.device.type == "cuda":
-        torch.cuda.synchronize(subject.device)
-        resting = torch.cuda.memory_allocated(subject.device)
-        torch.cuda.reset_peak_memory_stats(subject.device)
-        contender.generate(inputs, 1)
-        torch.cuda.synchronize(subject.device)
-        peak = torch.cuda.max_memory_allocated(subject.device)
-        row["peak_above_bytes"] = peak - resting  # what other rows still hold is no part of it
-        held = (*contender.model.parameters(), *contender.model.buffers(), *inputs.values())
-        row["peak_bytes"] = row["peak_above_bytes"] + sum(tensor.nbytes for tensor in held)
-    return True
+def _try(contender: Contender, subject: Subject, inputs: Inputs, row: results.Row) -> float:
+    """Run a contender for the first time and note all that is not time, or why it can't run.
+
+    Returns:
+        About the seconds of a prefill.
+    """
+    spent = 0.0
+    with _noted(row):
+        try:
+            for _ in range(_WARM_UPS):
+                start = time.monotonic()
+                cache = contender.generate(inputs, 1).past_key_values
+                clock.wait(subject.device)
+                spent = time.monotonic() - start
+        except (ValueError, NotImplementedError) as error:
+            row["reason"] = first_sentence(error)
+            return spent
+        counts = contender.counts(subject)
+        row["tokens"] = {"before": counts.before, "after": counts.after, "average": counts.average}
+        row["kv_bytes"] = kv_bytes(cache)
+        row["flops_of_full"] = _flops(subject, counts)
+        del cache
+        if subject.device.type == "cuda":
+            _note_memory(contender, subject, inputs, row)
+    return spent
+
+
+def _note_memory(contender: Contender, subject: Subject, inputs: Inputs, row: results.Row) -> None:
+    """The peak of memory of a prefill on a GPU."""
+    torch.cuda.synchronize(subject.device)
+    resting = torch.cuda.memory_allocated(subject.device)
+    torch.cuda.reset_peak_memory_stats(subject.device)
+    contender.generate(inputs, 1)
+    torch.cuda.synchronize(subject.device)
+    peak = torch.cuda.max_memory_allocated(subject.device)
+    row["peak_above_bytes"] = peak - resting  # what other rows still hold is no part of it
+    held = (*contender.model.parameters(), *contender.model.buffers(), *inputs.values())
+    row["peak_bytes"] = row["peak_above_bytes"] + sum(tensor.nbytes for tensor in held)
 
 
 def _flops(subject: Subject, counts: Counts) -> float | None:
@@ -220,6 +266,24 @@ def _flops(subject: Subject, counts: Counts) -> float | None:
     text = one["input_ids"].shape[1] - counts.before
     every = [text + counts.before] * counts.layers
     return cost.prefill(counts.seen(text)) / cost.prefill(every)
+
+
+def _rates(
+    answers: dict[str, Callable[[], float]], rows: dict[str, results.Row], rounds: int,
+    seconds: float, bar: Any,
+) -> dict[str, list[float]]:  # fmt: skip
+    """What each call says: one round, and as many more, up to `rounds`, as begin in `seconds`."""
+    found: dict[str, list[float]] = {name: [] for name in answers}
+    end = time.monotonic() + seconds
+    for at in range(rounds):
+        if at and time.monotonic() > end:
+            break
+        for name, answer in answers.items():
+            with _noted(rows[name]) as row:
+                if not row["reason"]:
+                    found[name].append(answer())
+            bar.update()
+    return found
 
 
 def _decode(contender: Contender, subject: Subject, inputs: Inputs, tokens: int) -> float:
@@ -338,6 +402,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help=f"of {', '.join(ATTENTIONS)} (default sdpa)")
     add("--repeats", type=count, default=20, metavar="N", help="rounds (default 20)")
     add("--no-maps", action="store_true", help="leave out the maps forms")
+    add("--seconds", type=count, metavar="N",
+        help="measure for about so long: fewer rounds where all would take longer, but 3")
     # fmt: on
     return parser
 
@@ -369,19 +435,22 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     """Measure what the command line asks for.
 
     Returns:
-        0, or 2 after a sentence on stderr that says what can't be done.
+        0; 1 if a row failed, after the others were measured; 2 after a sentence on stderr that
+        says what can't be done.
     """
     program = program or "python benchmarks/e2e.py"
     args = _parser(program).parse_args(arguments)
+    start = time.monotonic()
     with warnings.catch_warnings():
         quiet_transformers()
         try:
             specs = tuple(parse_methods(args.methods))
+            subject = subject_of(args)
+            seconds = (args.seconds or math.inf) - (time.monotonic() - start)
             options = Options(
                 specs, args.keep, args.batch, args.attention, args.new_tokens, args.repeats,
-                not args.no_maps,
+                not args.no_maps, seconds,
             )  # fmt: skip
-            subject = subject_of(args)
             args.out.mkdir(parents=True, exist_ok=True)
             found = run(subject, options, partial(_save, args.out))
         except DemoError as error:
@@ -390,12 +459,15 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     paths = _save(args.out, found)
     print(results.markdown(found))
     print(f"written to {', '.join(map(str, paths))}")
-    return 0
+    failed = [f"{r['name']} ({r['attention']}, {r['batch']})" for r in found["rows"] if r["failed"]]
+    if failed:
+        print(f"{program}: failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def _save(out: Path, found: results.Results) -> list[Path]:
     paths = results.write(out, "e2e", found, results.markdown(found))
-    return paths + results.draw(out, found)
+    return paths + (results.draw(out, found) if results.drawable() else [])
 
 
 if __name__ == "__main__":

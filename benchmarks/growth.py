@@ -265,7 +265,7 @@ def main() -> int:
             options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\n{markdown(found)}")
     written = [options.out]
-    if options.plot:
+    if options.plot and results.drawable():
         written.append(plot(options.plot, found))
     print(f"written to {', '.join(map(str, written))}")
     return 0

@@ -349,7 +349,8 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
             return 2
     args.out.mkdir(parents=True, exist_ok=True)
     text = markdown(found)
-    paths = results.write(args.out, "serve", found, text) + draw(args.out, found)
+    paths = results.write(args.out, "serve", found, text)
+    paths += draw(args.out, found) if results.drawable() else []
     print(text)
     print(f"written to {', '.join(map(str, paths))}")
     return 0

@@ -66,6 +66,7 @@ class Steps:
 def interleaved(
     calls: Mapping[Key, Callable[[], object]], rounds: int, device: torch.device,
     tick: Callable[[], object] = lambda: None, seed: int = 0,
+    failed: Callable[[Key, Exception], object] | None = None,
 ) -> dict[Key, Samples]:  # fmt: skip
     """Time every call once a round, in an order drawn anew for each round, the device idle before
     and after: a slow moment of the machine, and what a call leaves in caches, hits all alike.
@@ -76,6 +77,8 @@ def interleaved(
         device: where they run.
         tick: called after each call.
         seed: of the orders.
+        failed: called with what a call raises; the call has no samples then, and the others go on.
+            Without it the error is the caller's.
     """
     found: dict[Key, Samples] = {key: Samples([], []) for key in calls}
     order, draw = list(calls), random.Random(seed)
@@ -86,11 +89,19 @@ def interleaved(
     try:
         for _ in range(rounds):
             draw.shuffle(order)
-            for key in order:
-                wait(device)
-                used, start = time.process_time(), time.perf_counter()
-                calls[key]()
-                wait(device)
+            for key in tuple(order):
+                try:
+                    wait(device)
+                    used, start = time.process_time(), time.perf_counter()
+                    calls[key]()
+                    wait(device)
+                except Exception as error:
+                    if failed is None:
+                        raise
+                    order.remove(key)
+                    del found[key]
+                    failed(key, error)
+                    continue
                 found[key].wall.append(time.perf_counter() - start)
                 found[key].processor.append(time.process_time() - used)
                 tick()

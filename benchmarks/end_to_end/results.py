@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -108,14 +109,20 @@ def _number(value: float | None, form: str, unit: float = 1.0) -> str:
     return "-" if value is None else form.format(value / unit)
 
 
+def drawable() -> bool:
+    """Whether there is matplotlib; figures are worth having without."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def draw(out: Path, results: Results) -> list[Path]:
-    """`ttft.png`: time to the first token against the budget; `phases.png`: where it goes."""
+    """`ttft.png`: time to the first token against the tokens that a decoder layer sees;
+    `phases.png`: where it goes."""
     rows = [row for row in results["rows"] if not row["reason"]]
     if not rows:
         return []
     title = f"{results['header']['model']}, {results['header']['device']}"
     paths = [out / "ttft.png", out / "phases.png"]
-    _against_budget(rows, title).savefig(paths[0])
+    _against_tokens(rows, title).savefig(paths[0])
     _stacked(rows, title).savefig(paths[1])
     return paths
 
@@ -143,7 +150,7 @@ def styles(rows: Iterable[Row]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _against_budget(rows: Sequence[Row], title: str) -> Figure:
+def _against_tokens(rows: Sequence[Row], title: str) -> Figure:
     groups = grouped(rows, "attention", "batch")
     figure, axes = panels(len(groups), 4.6, 4.6, title)
     style = styles(rows)
@@ -154,23 +161,22 @@ def _against_budget(rows: Sequence[Row], title: str) -> Figure:
                     points[0]["ttft_ms"]["median"], color=_FULL, linewidth=1.2, label=label
                 )
                 continue
-            points = sorted(points, key=lambda row: row["keep"])
+            points = sorted(points, key=lambda row: row["tokens"]["average"])
             times = [row["ttft_ms"] for row in points]
             middle = [t["median"] for t in times]
             color, mark = style[label]
             maps = form == "maps"
             axis.errorbar(
-                [row["keep"] for row in points], middle,
+                [row["tokens"]["average"] for row in points], middle,
                 yerr=[[t["median"] - t["p20"] for t in times],
                       [t["p80"] - t["median"] for t in times]],
                 color=color, marker=mark, markersize=5, linewidth=1.4, elinewidth=0.8,
                 linestyle="--" if maps else "-", markerfacecolor="white" if maps else color,
                 label=f"{label}, maps" if maps else label,
             )  # fmt: skip
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
-        axis.set_xlabel("budget, visual tokens")
+        axis.set_xlabel("visual tokens that a decoder layer sees, on average")
         axis.set_ylabel("time to first token, ms (p20 to p80)")
         axis.set_title(f"{attention}, batch {batch}", size=10)
     axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))

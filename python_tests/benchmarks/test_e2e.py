@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 
 from benchmarks import e2e
 from benchmarks.accuracy.runs import parse_methods
-from benchmarks.end_to_end import clock, models
+from benchmarks.end_to_end import clock, models, results
 from benchmarks.end_to_end.contenders import Contender, contenders, set_attention
 from benchmarks.end_to_end.maps import PLAIN
 from benchmarks.end_to_end.phases import PHASES, watched
@@ -250,6 +250,95 @@ def test_phases_add_up_to_the_whole(tiny, form):
     assert isinstance(torch.ops.cdrop.attention_saliency, torch._ops.OpOverloadPacket)
 
 
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+def fails_at(monkeypatch, name: str, call: int, error: Exception) -> None:
+    """Lets one row raise at that call and ever after."""
+    whole, calls = Contender.generate, iter(range(1, 100))
+
+    def generate(self: Contender, *args: Any, **kwargs: Any) -> Any:
+        if self.name == name and next(calls) >= call:
+            raise error
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(Contender, "generate", generate)
+
+
+#: Of a row with two rounds: its calls are two to warm up, then two of each kind.
+FIRST_TRY, FIRST_TOKEN, ANSWER, PHASE = 1, 4, 5, 8
+
+
+@pytest.mark.parametrize("call", [FIRST_TRY, FIRST_TOKEN, ANSWER, PHASE])
+@pytest.mark.parametrize(
+    ("error", "reason", "failed"),
+    [
+        (torch.OutOfMemoryError("of 3 GiB"), "out of memory", False),
+        (RuntimeError("no such kernel.\nmore"), "RuntimeError: no such kernel", True),
+    ],
+)
+def test_a_row_that_goes_wrong_says_why_and_the_others_go_on(
+    tiny, monkeypatch, call, error, reason, failed
+):
+    fails_at(monkeypatch, "Random 32", call, error)
+    specs = tuple(parse_methods("Random,VisionZip"))
+    found = e2e.run(tiny, e2e.Options(specs, (32,), new_tokens=2, repeats=2, maps=False))
+    full, bad, good = found["rows"]
+    assert (bad["reason"], bad["failed"]) == (reason, failed)
+    assert [bad[name] for name in e2e._MEASURED] == [None] * len(e2e._MEASURED)
+    for row in (full, good):
+        assert (row["reason"], row["failed"]) == ("", False)
+        assert len(row["samples_ms"]) == 2
+        assert row["decode_tokens_per_s"] > 0
+        assert sum(row["phases_ms"].values()) > 0
+    assert good["of_full"] is not None
+    assert good["of_random"] is None
+    assert f"- Random 32: {reason}" in results.markdown(found)
+
+
+def test_a_refusal_is_no_failure(tiny, monkeypatch):
+    fails_at(monkeypatch, "Random 32", FIRST_TRY, ValueError("not on this model"))
+    found = e2e.run(tiny, e2e.Options(tuple(parse_methods("Random")), (32,), repeats=1))
+    assert (found["rows"][1]["reason"], found["rows"][1]["failed"]) == ("not on this model", False)
+
+
+def test_a_failed_row_is_the_exit_code_after_all_is_written(tmp_path, monkeypatch, capsys):
+    fails_at(monkeypatch, "Random 16", FIRST_TOKEN - 1, RuntimeError("no such kernel"))
+    arguments = "bench --model tiny --methods Random --keep 16,8 --repeats 1 --new-tokens 1"
+    assert cli.main([*arguments.split(), "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.endswith("cdrop bench: failed: Random 16 (sdpa, 1)\n")
+    rows = json.loads((tmp_path / "e2e.json").read_text())["rows"]
+    assert [(row["name"], bool(row["ttft_ms"])) for row in rows] == [
+        ("Full", True), ("Random 16", False), ("Random 8", True),
+    ]  # fmt: skip
+
+
+def test_what_an_earlier_group_found_is_written_whatever_comes_next(tiny, monkeypatch):
+    saved: list[int] = []
+    specs, measured = tuple(parse_methods("Random")), e2e._measured
+
+    def second_fails(*args: Any) -> Any:
+        if saved:
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    monkeypatch.setattr(e2e, "_measured", second_fails)
+    options = e2e.Options(specs, (8,), (1, 2), new_tokens=1, repeats=1)
+    with pytest.raises(KeyboardInterrupt):
+        e2e.run(tiny, options, lambda found: saved.append(len(found["rows"])))
+    assert saved == [2]
+
+
+def test_little_time_makes_fewer_rounds(tiny):
+    specs = tuple(parse_methods("Random"))
+    hurried = e2e.Options(specs, (8,), (1, 2), new_tokens=2, repeats=50, seconds=0.1)
+    rows = e2e.run(tiny, hurried)["rows"]
+    assert [len(row["samples_ms"]) for row in rows] == [e2e._LEAST] * 4
+    assert all(row["decode_tokens_per_s"] and row["phases_ms"] for row in rows)
+    roomy = replace(hurried, batches=(1,), repeats=4, seconds=100.0)
+    assert [len(row["samples_ms"]) for row in e2e.run(tiny, roomy)["rows"]] == [4, 4]
+
+
 # --- the whole ----------------------------------------------------------------------------------
 
 
@@ -278,6 +367,30 @@ def test_rows_hold_what_they_should(tiny):
     assert ours["of_random"] is not None
     assert maps["over_ops"] is not None
     assert ours["over_ops"] is full["of_full"] is None
+
+
+def test_the_plot_is_by_the_tokens_that_a_layer_sees(tiny):
+    """A method with stages lies farther right than one that prunes before the LLM."""
+    specs = tuple(parse_methods("Random,FastV"))
+    options = e2e.Options(specs, (16, 8), new_tokens=1, repeats=1, maps=False)
+    rows = e2e.run(tiny, options)["rows"]
+    (axis,) = results._against_tokens(rows, "made").axes
+    drawn = {bars.get_label(): list(bars[0].get_xdata()) for bars in axis.containers}
+    assert drawn == {"Random": [8.0, 16.0], "FastV": [(2 * 196 + 2 * n) / 4 for n in (8, 16)]}
+
+
+@pytest.mark.parametrize("name", ["llava-next-7b", "qwen2.5-vl-7b"])
+def test_operations_of_other_families_are_counted(monkeypatch, name):
+    thin = replace(models.RANDOM[name], config=partial(narrow, name))
+    monkeypatch.setitem(models.RANDOM, name, thin)
+    specs = tuple(parse_methods("Random,FastV(layer=1)"))
+    options = e2e.Options(specs, (64,), new_tokens=1, repeats=1, maps=False)
+    full, ours, stage = e2e.run(models.Subject(name, "cpu"), options)["rows"]
+    assert full["flops_of_full"] == 1
+    assert 0 < ours["flops_of_full"] < stage["flops_of_full"] < 1
+    for row in (ours, stage):
+        saved = 1 - row["of_full"].value
+        assert row["share_of_saving"] == pytest.approx(saved / (1 - row["flops_of_full"]))
 
 
 def test_the_command_hands_over_and_writes(tmp_path, capsys):
