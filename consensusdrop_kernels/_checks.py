@@ -425,6 +425,7 @@ def fused(
     priority_keep: int,
     threshold: float,
     blend: float,
+    diversity: float,
 ) -> None:
     """Checks of `select_merge`."""
     _check_float(x, "x", 3, "[B, N, D]")
@@ -455,6 +456,13 @@ def fused(
         priority=priority, priority_keep=priority_keep,
     )  # fmt: skip
     merge_options(contextual, threshold, blend)
+    _check_unit(diversity, "diversity")
+    _check(
+        diversity == 0 or priority_keep == 0,
+        "priority_keep",
+        "be 0 unless diversity is 0, which spreads tokens in its own way",
+        lambda: priority_keep,
+    )
 
 
 def _check_keys_fit(k: Tensor, name: str, batch: int, keys: int, keys_name: str) -> None:

@@ -320,11 +320,13 @@ def select_merge(
     priority_keep: int = 0,
     threshold: float = -1.0,
     blend: float = 1.0,
+    diversity: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Score, choose and merge in one call: the whole of a visual-token reduction.
 
     Equals `attention_saliency` of both signals, `consensus_select`, `token_merge`, with `x` read
-    once and nothing in between stored for all heads.
+    once and nothing in between stored for all heads. With `diversity`, `greedy_diverse_select`
+    chooses what is kept, and the consensus is its relevance.
 
     Args:
         x: visual tokens `[B, N, D]`.
@@ -339,6 +341,11 @@ def select_merge(
         keep, alpha, fusion, valid, priority, priority_keep: as in `consensus_select`; `valid`
             also masks the keys of both saliencies.
         contextual, threshold, blend: as in `token_merge`.
+        diversity: 0 keeps the best of the consensus, however alike they are. Above, up to 1, the
+            most probable set, found greedily, of a determinantal point process over the cosines
+            of `metric`, with a relevance of `exp(-(1 / diversity - 1) p)` for a token that a share
+            `p` of the valid tokens is before in the consensus (ties in raster order, NaN last): at
+            1 the metric alone decides. `priority_keep` must then be 0.
 
     Returns:
         `tokens [B, K+C, D]`; `index [B, K+C]` int64, each slot's own token, ascending within the
@@ -353,4 +360,5 @@ def select_merge(
         fusion=fusion, prefix=prefix, scale_vis=scale_vis, scale_txt=scale_txt, lse_vis=lse_vis,
         lse_txt=lse_txt, txt_weight=txt_weight, txt_reduce=txt_reduce, metric=metric, valid=valid,
         priority=priority, priority_keep=priority_keep, threshold=threshold, blend=blend,
+        diversity=diversity,
     )  # fmt: skip

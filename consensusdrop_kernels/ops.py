@@ -62,7 +62,7 @@ SCHEMAS = {
         "float? scale_vis=None, float? scale_txt=None, Tensor? lse_vis=None, "
         'Tensor? lse_txt=None, Tensor? txt_weight=None, str txt_reduce="mean", '
         "Tensor? metric=None, Tensor? valid=None, Tensor? priority=None, int priority_keep=0, "
-        "float threshold=-1.0, float blend=1.0) "
+        "float threshold=-1.0, float blend=1.0, float diversity=0.0) "
         "-> (Tensor tokens, Tensor index, Tensor assign, Tensor size)"
     ),
 }

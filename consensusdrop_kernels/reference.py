@@ -281,6 +281,18 @@ def _ascending(taken: Tensor, keep: int) -> Tensor:
 DPP_FLOOR = 1e-5
 
 
+def relevance_of_places(score: Tensor, diversity: float, valid: Tensor | None = None) -> Tensor:
+    """What a diverse choice goes by, from the score of `consensus_select`: `[B, N]` float32.
+
+    `exp((1 - 1 / diversity) p)` for a token that a share `p` of the valid tokens is before: 1 for
+    the best, and the less it falls towards the last, the more diverse is the choice. Equal scores
+    in raster order, NaN last; 0 for invalid tokens.
+    """
+    valid = torch.ones_like(score, dtype=torch.bool) if valid is None else valid
+    before = _place(_order(valid, score)).double() / valid.sum(1, keepdim=True)
+    return ((1.0 - 1.0 / diversity) * before).exp().float().masked_fill(~valid, 0.0)
+
+
 def greedy_diverse_select(
     features: Tensor,
     keep: int,
@@ -516,13 +528,14 @@ def select_merge(
     priority_keep: int = 0,
     threshold: float = -1.0,
     blend: float = 1.0,
+    diversity: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two saliencies, their consensus and the merge: `tokens`, `index`, `assign`, `size`."""
     _checks.fused(
         x, q_vis, k_vis, q_txt, k_txt, keep=keep, contextual=contextual, alpha=alpha, fusion=fusion,
         prefix=prefix, scale_vis=scale_vis, scale_txt=scale_txt, lse_vis=lse_vis, lse_txt=lse_txt,
         txt_weight=txt_weight, txt_reduce=txt_reduce, metric=metric, valid=valid, priority=priority,
-        priority_keep=priority_keep, threshold=threshold, blend=blend,
+        priority_keep=priority_keep, threshold=threshold, blend=blend, diversity=diversity,
     )  # fmt: skip
     key_valid = None
     if valid is not None:
@@ -536,12 +549,17 @@ def select_merge(
             q_txt, k_txt, scale=scale_txt, lse=lse_txt, key_valid=valid, query_weight=txt_weight,
             reduce=txt_reduce,
         )  # fmt: skip
-    index, _ = consensus_select(
+    index, score = consensus_select(
         visual, textual, keep, alpha=alpha, fusion=fusion, valid=valid, priority=priority,
         priority_keep=priority_keep,
     )  # fmt: skip
     if metric is None:
         metric = default_metric(k_vis, prefix)
+    if diversity > 0:
+        relevance = relevance_of_places(score, diversity, valid)
+        index = greedy_diverse_select(
+            metric, keep, relevance=relevance, objective="dpp", valid=valid
+        )  # fmt: skip
     tokens, assign, size, own = _merge(x, metric, index, contextual, None, valid, threshold, blend)
     return tokens, own, assign, size
 

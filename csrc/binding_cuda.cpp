@@ -30,13 +30,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_merge(
     int64_t prefix, std::optional<double> scale_vis, std::optional<double> scale_txt,
     const MaybeTensor& lse_vis, const MaybeTensor& lse_txt, const MaybeTensor& txt_weight,
     std::string txt_reduce, const MaybeTensor& metric, const MaybeTensor& valid,
-    const MaybeTensor& priority, int64_t priority_keep, double threshold, double blend) {
+    const MaybeTensor& priority, int64_t priority_keep, double threshold, double blend,
+    double diversity) {
   const auto device = static_cast<int32_t>(x.get_device_index());
   const torch::stable::accelerator::DeviceGuard guard(device);
   const FusedCall call =
       prepare_select_merge(x, q_vis, k_vis, q_txt, k_txt, keep, contextual, alpha, fusion, prefix,
                            scale_vis, scale_txt, lse_vis, lse_txt, txt_weight, txt_reduce, metric,
-                           valid, priority, priority_keep, threshold, blend);
+                           valid, priority, priority_keep, threshold, blend, diversity);
   cuda::DeviceLimits limits;
   require(cuda::device_limits(&limits));
   const cuda::LaunchPlan plan = cuda::plan_select_merge(call.params, limits);

@@ -174,7 +174,8 @@ FusedCall prepare_select_merge(const Tensor& x, const Tensor& q_vis, const Tenso
                                const MaybeTensor& lse_txt, const MaybeTensor& txt_weight,
                                const std::string& txt_reduce, const MaybeTensor& metric,
                                const MaybeTensor& valid, const MaybeTensor& priority,
-                               int64_t priority_keep, double threshold, double blend) {
+                               int64_t priority_keep, double threshold, double blend,
+                               double diversity) {
   check_float(x, "x", 3, "[B, N, D]");
   const int64_t batch = x.size(0), tokens = x.size(1);
   check_device(q_vis, "q_vis", "x", x);
@@ -202,6 +203,11 @@ FusedCall prepare_select_merge(const Tensor& x, const Tensor& q_vis, const Tenso
   const SelectParams select = call.params.select =
       check_selection(batch, tokens, x, "x", keep, alpha, fusion, valid, priority, priority_keep);
   check_merge_options(contextual, threshold, blend);
+  check_unit(diversity, "diversity");
+  CDROP_CHECK(diversity == 0.0 || priority_keep == 0, "priority_keep",
+              "be 0 unless diversity is 0, which spreads tokens in its own way",
+              std::to_string(priority_keep));
+  call.params.diversity = diversity;
 
   visual.key_valid = textual.key_valid = select.valid;  // of the tokens: the prefix is always valid
   visual.valid_from = prefix;

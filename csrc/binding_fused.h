@@ -60,6 +60,7 @@ FusedCall prepare_select_merge(const Tensor& x, const Tensor& q_vis, const Tenso
                                const MaybeTensor& lse_txt, const MaybeTensor& txt_weight,
                                const std::string& txt_reduce, const MaybeTensor& metric,
                                const MaybeTensor& valid, const MaybeTensor& priority,
-                               int64_t priority_keep, double threshold, double blend);
+                               int64_t priority_keep, double threshold, double blend,
+                               double diversity);
 
 }  // namespace cdrop::binding

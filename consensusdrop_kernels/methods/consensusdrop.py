@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import FUSIONS
+from ..reference import relevance_of_places
 from .base import (
     CONTEXTS,
     POSITIONS,
@@ -225,7 +226,7 @@ class ConsensusDrop(Method):
         return probe._replace(q=probe.q[:, :, -1:], lse=lse, weight=probe.weight[:, -1:])
 
     def _merge(self, signals: Signals, probe: TextProbe | None) -> Selection:
-        if signals.visual is not None or self.diversity > 0:
+        if signals.visual is not None:
             return self._merge_by_parts(signals, probe)
         tokens, index, assign, size = torch.ops.cdrop.select_merge(
             signals.x,
@@ -247,6 +248,7 @@ class ConsensusDrop(Method):
             valid=signals.valid,
             threshold=self.threshold,
             blend=self.blend,
+            diversity=self.diversity,
             **self._spread(signals),
         )
         return Selection(tokens, index, assign, size, padded=signals.valid is not None)
@@ -260,8 +262,7 @@ class ConsensusDrop(Method):
         return {"priority": even_priority(signals, keep), "priority_keep": places}
 
     def _merge_by_parts(self, signals: Signals, probe: TextProbe | None) -> Selection:
-        """The same, where the encoder's saliency comes as scores of the tokens, or the best alone
-        are not what is kept."""
+        """The same, where the encoder's saliency comes as scores of the tokens."""
         keep = keep_count(self.keep, signals.x.shape[1])
         metric = encoder_metric(signals)
         index, fused = torch.ops.cdrop.consensus_select(
@@ -275,22 +276,13 @@ class ConsensusDrop(Method):
         )
         if self.diversity > 0:
             index = torch.ops.cdrop.greedy_diverse_select(
-                metric.detach(), keep, relevance=self._relevance(fused, signals), objective="dpp",
-                valid=signals.valid,
+                metric.detach(), keep, objective="dpp", valid=signals.valid,
+                relevance=relevance_of_places(fused, self.diversity, signals.valid),
             )  # fmt: skip
         return merged(
             signals, index, metric, contextual=self.contextual, threshold=self.threshold,
             blend=self.blend,
         )  # fmt: skip
-
-    def _relevance(self, fused: Tensor, signals: Signals) -> Tensor:
-        """`[R, N]` float32 in 0..1: how a token's place in the consensus counts against others."""
-        order = fused.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
-        place = order.argsort(dim=1).float()
-        count: int | Tensor = fused.shape[1]
-        if signals.valid is not None:
-            count = signals.valid.sum(1, keepdim=True)
-        return (place / count * (1 - 1 / self.diversity)).exp()
 
     @property
     def _reduce(self) -> str:

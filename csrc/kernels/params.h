@@ -119,8 +119,9 @@ struct MergeParams {
 struct SelectMergeParams {
   SaliencyParams visual, textual;
   bool has_text = false;
-  SelectParams select;  // without its lists and outputs
-  MergeParams merge;    // without its index list
+  SelectParams select;     // without its lists and outputs
+  double diversity = 0.0;  // above 0 the consensus is the relevance of a diverse choice
+  MergeParams merge;       // without its index list
 };
 
 }  // namespace cdrop

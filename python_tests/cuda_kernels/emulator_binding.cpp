@@ -19,11 +19,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_merge(
     int64_t prefix, std::optional<double> scale_vis, std::optional<double> scale_txt,
     const MaybeTensor& lse_vis, const MaybeTensor& lse_txt, const MaybeTensor& txt_weight,
     std::string txt_reduce, const MaybeTensor& metric, const MaybeTensor& valid,
-    const MaybeTensor& priority, int64_t priority_keep, double threshold, double blend) {
+    const MaybeTensor& priority, int64_t priority_keep, double threshold, double blend,
+    double diversity) {
   const FusedCall call =
       prepare_select_merge(x, q_vis, k_vis, q_txt, k_txt, keep, contextual, alpha, fusion, prefix,
                            scale_vis, scale_txt, lse_vis, lse_txt, txt_weight, txt_reduce, metric,
-                           valid, priority, priority_keep, threshold, blend);
+                           valid, priority, priority_keep, threshold, blend, diversity);
   last = cuda::plan_select_merge(call.params, device);
   if (last.path == cuda::Path::kNone) throw std::runtime_error(last.reason);
   if (call.params.merge.batch > 0) launch(call.params, last, order);

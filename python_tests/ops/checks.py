@@ -307,7 +307,31 @@ def true_saliencies(host: Args) -> tuple[Tensor, Tensor | None]:
     return vis, txt
 
 
-def check_select_merge(impl: Impl, args: Args) -> tuple[Tensor, ...]:
+def _check_flagship_choice(index: Tensor, host: Args) -> None:
+    assert not host.get("diversity"), "for a diverse choice there is check_diverse_merge"
+    vis, txt = true_saliencies(host)
+    alpha, fusion, valid = host.get("alpha", 0.5), host.get("fusion", "rank"), host.get("valid")
+    if host.get("priority_keep"):
+        # Which of the tokens came by priority can't be told from outside: exact, or wrong.
+        score, tie = oracle.consensus_score(vis, txt, alpha=alpha, fusion=fusion, valid=valid)
+        rule = {"priority": host["priority"], "priority_keep": host["priority_keep"]}
+        assert torch.equal(index, oracle.choose(score, tie, index.shape[1], valid=valid, **rule))
+        return
+    low, high = fused_bounds(vis, txt, alpha, fusion, valid)
+    assert_choice_within(index, low, high, valid)
+
+
+def merge_metric(host: Args) -> Tensor:
+    """What `select_merge` goes by to tell which tokens are alike, `[B, N, F]`."""
+    metric = host.get("metric")
+    if metric is None:
+        metric = host["k_vis"][:, :, host.get("prefix", 0) :].double().mean(1)
+    return metric
+
+
+def check_select_merge(
+    impl: Impl, args: Args, choice: Callable[[Tensor, Args], None] = _check_flagship_choice
+) -> tuple[Tensor, ...]:
     outs = impl(**args)
     tokens, index, assign, size = (t.detach().cpu() for t in outs)
     host = to_cpu(args)
@@ -319,24 +343,8 @@ def check_select_merge(impl: Impl, args: Args) -> tuple[Tensor, ...]:
     assert index.dtype == assign.dtype == torch.int64
     assert size.dtype == torch.float32
     assert all(t.is_contiguous() for t in outs)
-    _check_flagship_choice(index[:, :keep], host)
+    choice(index[:, :keep], host)
     owners = oracle.slots(index[:, :keep], x.shape[1], extra, valid)
     assert index.tolist() == owners
-    metric = host.get("metric")
-    if metric is None:
-        metric = host["k_vis"][:, :, host.get("prefix", 0) :].double().mean(1)
-    _check_samples(tokens, assign, size, host, metric, owners, keep)
+    _check_samples(tokens, assign, size, host, merge_metric(host), owners, keep)
     return outs
-
-
-def _check_flagship_choice(index: Tensor, host: Args) -> None:
-    vis, txt = true_saliencies(host)
-    alpha, fusion, valid = host.get("alpha", 0.5), host.get("fusion", "rank"), host.get("valid")
-    if host.get("priority_keep"):
-        # Which of the tokens came by priority can't be told from outside: exact, or wrong.
-        score, tie = oracle.consensus_score(vis, txt, alpha=alpha, fusion=fusion, valid=valid)
-        rule = {"priority": host["priority"], "priority_keep": host["priority_keep"]}
-        assert torch.equal(index, oracle.choose(score, tie, index.shape[1], valid=valid, **rule))
-        return
-    low, high = fused_bounds(vis, txt, alpha, fusion, valid)
-    assert_choice_within(index, low, high, valid)

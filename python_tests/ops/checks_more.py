@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import oracle_more
+from . import oracle, oracle_more
 from .cases import Args
-from .checks import EPS32, NEAR, Impl, check_saliency, to_cpu
+from .checks import (
+    EPS32,
+    NEAR,
+    Impl,
+    check_saliency,
+    check_select_merge,
+    merge_metric,
+    to_cpu,
+    true_saliencies,
+)
 
 
 def check_packed(impl: Impl, args: Args) -> Tensor:
@@ -86,6 +95,23 @@ def check_diverse(impl: Impl, args: Args) -> Tensor:
             worth = None if relevance is None else relevance[b]
             _replay(features[b], worth, objective, taken, left)
     return index
+
+
+def check_diverse_merge(impl: Impl, args: Args) -> tuple[Tensor, ...]:
+    """`check_select_merge` for a diverse choice: a greedy one by the places in the true consensus."""
+    return check_select_merge(impl, args, _check_diverse_choice)
+
+
+def _check_diverse_choice(index: Tensor, host: Args) -> None:
+    valid = host.get("valid")
+    rule = {name: host[name] for name in ("alpha", "fusion") if name in host}
+    score, _ = oracle.consensus_score(*true_saliencies(host), valid=valid, **rule)
+    choice = {"keep": host["keep"], "valid": valid, "objective": "dpp"}
+    relevance = oracle_more.relevance_of_places(score, host["diversity"], valid)
+    check_diverse(
+        lambda **_: index.contiguous(),
+        {"features": merge_metric(host), "relevance": relevance, **choice},
+    )
 
 
 def _replay(

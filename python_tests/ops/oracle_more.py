@@ -137,6 +137,16 @@ def greedy_scores(
     return out
 
 
+def relevance_of_places(score: Tensor, diversity: float, valid: Tensor | None = None) -> Tensor:
+    """`exp(-(1 / diversity - 1) p)`, `p` the share of the valid tokens that is better."""
+    out = torch.zeros(score.shape)
+    for b, row in enumerate(score.tolist()):
+        tokens = [i for i in range(len(row)) if valid is None or bool(valid[b, i])]
+        for place, i in enumerate(sorted(tokens, key=lambda i: (-row[i], i))):  # noqa: B023
+            out[b, i] = math.exp(-(1 / diversity - 1) * place / len(tokens))
+    return out
+
+
 def greedy_diverse_select(
     features: Tensor, keep: int, *, relevance: Tensor | None = None, objective: str = "maxmin",
     valid: Tensor | None = None,

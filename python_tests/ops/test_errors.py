@@ -221,6 +221,15 @@ FLAGSHIP: list[Row] = [
     ("prefix of other keys", {"prefix": 2}, "k_vis", "[2, 4, 21, 16]"),
     ("metric tokens", {"metric": ones(2, 21, 6)}, "metric", "[2, 21, 6]"),
     ("metric dtype", {"metric": ones(2, 20, 6).double()}, "metric", "float64"),
+    ("diversity below 0", {"diversity": -0.1}, "diversity", "-0.1"),
+    ("diversity above 1", {"diversity": 1.5}, "diversity", "1.5"),
+    ("diversity nan", {"diversity": math.nan}, "diversity", "nan"),
+    (
+        "places beside diversity",
+        {"diversity": 0.5, "priority": ones(20), "priority_keep": 2},
+        "priority_keep",
+        "2",
+    ),
 ]
 
 

@@ -218,6 +218,7 @@ def _flagship(tokens: int, keep: int, **options: Any) -> Callable[[], object]:
 FLAGSHIP = {
     "image": _flagship(576, 64),
     "image, contextual": _flagship(576, 54, contextual=10, fusion="zscore"),
+    "image, diverse": _flagship(576, 64, diversity=0.65),
 }
 
 OPS = {

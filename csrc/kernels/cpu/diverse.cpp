@@ -34,12 +34,13 @@ class Greedy {
         dpp_(params.objective == Objective::kDpp),
         blocks_((params.tokens + kBlock - 1) / kBlock),
         room_(padded(params.width, kScratchPad)),
-        measure_(params.batch * params.tokens),
         power_(params.batch * params.tokens),
         worth_(params.batch * params.tokens),
+        inverse_(params.batch * params.tokens),
         open_(params.batch * params.tokens),
         score_(params.batch * params.tokens),
         rows_(dpp_ ? params.batch * params.keep * params.tokens : 0),
+        of_last_(dpp_ ? params.batch * params.keep : 0),
         pick_(params.batch * blocks_),
         vector_(params.batch * room_),
         samples_(params.batch) {}
@@ -65,7 +66,7 @@ class Greedy {
                       if (samples_[task / blocks_].wanted > step) offer_block(task, step, scratch);
                     });
       for (int64_t b = 0; b < p_.batch; ++b) {
-        if (samples_[b].wanted > step) take_best(b);
+        if (samples_[b].wanted > step) take_best(b, step);
       }
     }
     for (int64_t b = 0; b < p_.batch; ++b) write(b);
@@ -92,8 +93,8 @@ class Greedy {
       const int64_t at = b * p_.tokens + i;
       const Measure m =
           valid(b, i) ? measure(p_.features, b, i, p_.width, scratch) : Measure{1.0f, NAN};
-      measure_[at] = m;
       power_[at] = m.power;
+      inverse_[at] = m.square == 0.0f ? 0.0 : 1.0 / std::sqrt(static_cast<double>(m.square));
       worth_[at] = p_.relevance ? p_.relevance.at(b, i) : 1.0f;
       open_[at] = std::isnan(m.square) || (dpp_ && std::isnan(worth_[at])) ? kShut : kOpen;
       score_[at] = dpp_ ? (m.square > 0.0f ? 1.0 : 0.0) : worth_[at];
@@ -113,10 +114,7 @@ class Greedy {
   }
 
   float cosine(int64_t a, int64_t b, float product) const {
-    const double squares =
-        static_cast<double>(measure_[a].square) * static_cast<double>(measure_[b].square);
-    if (squares == 0.0) return 0.0f;
-    return static_cast<float>(std::clamp(product / std::sqrt(squares), -1.0, 1.0));
+    return static_cast<float>(std::clamp(product * inverse_[a] * inverse_[b], -1.0, 1.0));
   }
 
   // Products of `queries` vectors with tokens `first` to `first + count` of a sample.
@@ -188,23 +186,20 @@ class Greedy {
   void add_cholesky_row(int64_t b, int64_t first, int64_t count, int64_t step,
                         const float* cosines) {
     const int64_t n = p_.tokens;
-    float* rows = &rows_[b * p_.keep * n];
+    float* rows = &rows_[b * p_.keep * n + first];
     double left[kBlock];
     for (int64_t j = 0; j < count; ++j) left[j] = cosines[j];
-    for (int64_t s = 0; s + 1 < step; ++s) {
-      const float* earlier = rows + s * n;
-      const double of_last = earlier[samples_[b].last];
-      for (int64_t j = 0; j < count; ++j) left[j] -= of_last * earlier[first + j];
-    }
-    const double root = std::sqrt(samples_[b].residual);
+    simd().subtract_rows({rows, n, &of_last_[b * p_.keep], step - 1, count, left});
+    const double per_root = 1.0 / std::sqrt(samples_[b].residual);
     for (int64_t j = 0; j < count; ++j) {
-      left[j] /= root;
-      rows[(step - 1) * n + first + j] = static_cast<float>(left[j]);
+      left[j] *= per_root;
+      rows[(step - 1) * n + j] = static_cast<float>(left[j]);
       score_[b * n + first + j] -= left[j] * left[j];
     }
   }
 
-  void take_best(int64_t b) {
+  // Choose the best token that the blocks of a sample offered.
+  void take_best(int64_t b, int64_t step) {
     Pick best;
     for (int64_t k = 0; k < blocks_; ++k) {
       const Pick& pick = pick_[b * blocks_ + k];
@@ -219,6 +214,9 @@ class Greedy {
     sample.last = best.token;
     sample.residual = score_[at];
     open_[at] = kChosen;
+    for (int64_t s = 0; dpp_ && s < step; ++s) {
+      of_last_[b * p_.keep + s] = rows_[(b * p_.keep + s) * p_.tokens + best.token];
+    }
     simd().widen(token_row(p_.features, b, best.token), p_.features.dtype, p_.width, power_[at],
                  &vector_[b * room_]);
   }
@@ -248,11 +246,12 @@ class Greedy {
   const Threads& threads_;
   bool dpp_;
   int64_t blocks_, room_;
-  Buffer<Measure> measure_;      // [B, N]
   Buffer<float> power_, worth_;  // [B, N]: scale of each token as measured; relevance or 1
+  Buffer<double> inverse_;       // [B, N]: one over the length of each token so scaled, or 0
   Buffer<uint8_t> open_;         // [B, N]: a State
   Buffer<double> score_;         // [B, N]: minus the largest cosine, or for dpp the residual
   Buffer<float> rows_;           // [B, K, N]: for dpp, Cholesky rows of the cosines
+  Buffer<double> of_last_;       // [B, K]: those rows at the token chosen last
   Buffer<Pick> pick_;            // [B, blocks]
   Buffer<float> vector_;         // [B, F]: the token chosen last, scaled
   Buffer<Sample> samples_;       // [B]

@@ -25,9 +25,7 @@ void adaptive_split_select(const SplitParams& params, const Threads& threads);
 void greedy_diverse_select(const DiverseParams& params, const Threads& threads);
 void consensus_select(const SelectParams& params, const Threads& threads);
 void token_merge(const MergeParams& params, const Threads& threads);
-// The parts above in one call; `textual.q.data` is null for the encoder's saliency alone.
-// `select.visual`, `select.textual`, `select.index` and `merge.index` are filled in here.
-void select_merge(const SaliencyParams& visual, const SaliencyParams& textual, SelectParams select,
-                  MergeParams merge, const Threads& threads);
+// The parts above in one call.
+void select_merge(const SelectMergeParams& params, const Threads& threads);
 
 }  // namespace cdrop::cpu

@@ -179,6 +179,22 @@ void select_sample(const SelectParams& params, int64_t b, const float* visual, c
   }
 }
 
+void relevance_of_places(const SelectParams& params, int64_t b, double diversity, float* score) {
+  const int64_t n = params.tokens;
+  const Buffer<int32_t> order(n);
+  int64_t valid = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!params.valid || params.valid.at(b, i) != 0) order[valid++] = static_cast<int32_t>(i);
+  }
+  Sorter(n).sort(score, order.get(), valid);
+  const double rate = 1.0 - 1.0 / diversity;
+  std::fill_n(score, n, 0.0f);
+  for (int64_t r = 0; r < valid; ++r) {
+    const double behind = static_cast<double>(r) / static_cast<double>(valid);
+    score[order[r]] = static_cast<float>(std::exp(rate * behind));
+  }
+}
+
 void consensus_select(const SelectParams& params, const Threads& threads) {
   const int64_t n = params.tokens;
   const auto gather = [n](const Matrix<float>& from, int64_t b, float* to) {

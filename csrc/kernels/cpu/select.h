@@ -26,4 +26,8 @@ class Sorter {
 void select_sample(const SelectParams& params, int64_t b, const float* visual, const float* textual,
                    int64_t* index, float* score);
 
+// Turns the scores of sample `b` into relevances for a choice so diverse (above 0, up to 1), 1 for
+// the best and less by its place: in place, 0 for invalid tokens.
+void relevance_of_places(const SelectParams& params, int64_t b, double diversity, float* score);
+
 }  // namespace cdrop::cpu

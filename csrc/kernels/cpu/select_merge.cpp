@@ -1,18 +1,40 @@
-// The flagship: four parallel steps over the parts of the other kernels.
+// The flagship: four parallel steps over the parts of the other kernels, and the greedy loop
+// between them where the choice is to be diverse.
 #include <optional>
 
+#include "measure.h"
 #include "merge.h"
 #include "saliency.h"
 #include "select.h"
 
 namespace cdrop::cpu {
+namespace {
 
-void select_merge(const SaliencyParams& visual, const SaliencyParams& textual, SelectParams select,
-                  MergeParams merge, const Threads& threads) {
-  const int64_t n = select.tokens, keep = select.keep;
-  const SaliencyWork of_image(visual);
+// The mean over heads of a sample's metric, `to` [N, F].
+void head_mean(const MergeParams& p, int64_t b, float* scratch, float* to) {
+  const int64_t width = p.metric_width, size = p.metric.dtype == DType::kFloat32 ? 4 : 2;
+  const auto* data = static_cast<const char*>(p.metric.data);
+  const auto heads = static_cast<float>(p.metric_heads);
+  for (int64_t i = 0; i < p.tokens; ++i, to += width) {
+    std::fill_n(to, width, 0.0f);
+    for (int64_t h = 0; h < p.metric_heads; ++h) {
+      const int64_t at = b * p.metric.stride[0] + h * p.metric.stride[1] + i * p.metric.stride[2];
+      simd().widen(data + at * size, p.metric.dtype, width, 1.0f, scratch);
+      for (int64_t c = 0; c < width; ++c) to[c] += scratch[c];
+    }
+    for (int64_t c = 0; c < width; ++c) to[c] /= heads;
+  }
+}
+
+}  // namespace
+
+void select_merge(const SelectMergeParams& params, const Threads& threads) {
+  const SelectParams& select = params.select;
+  const MergeParams& merge = params.merge;
+  const int64_t n = select.tokens, keep = select.keep, batch = select.batch;
+  const SaliencyWork of_image(params.visual);
   std::optional<SaliencyWork> of_text;
-  if (textual.q.data != nullptr) of_text.emplace(textual);
+  if (params.has_text) of_text.emplace(params.textual);
 
   // 1. Both saliencies, head by head. The question's tasks are the larger: they go first.
   const int64_t text_tasks = of_text ? of_text->tasks() : 0;
@@ -27,22 +49,47 @@ void select_merge(const SaliencyParams& visual, const SaliencyParams& textual, S
                   }
                 });
 
-  // 2. Per sample: ranks, the choice, and the vectors of the kept tokens.
+  // 2. Per sample: ranks and the choice; then the vectors of the kept tokens.
   MergeWork work(merge);
-  const Buffer<int64_t> index(select.batch * keep);
-  for_each_task(threads, select.batch, 2 * n + work.prepare_scratch(),
-                [&](int64_t b, float* scratch) {
-                  of_image.combine(b, scratch);
-                  if (of_text) of_text->combine(b, scratch + n);
-                  select_sample(select, b, scratch, of_text ? scratch + n : nullptr,
-                                &index[b * keep], nullptr);
-                  work.prepare(b, &index[b * keep], scratch + 2 * n);
-                });
+  const Buffer<int64_t> index(batch * keep);
+  const auto choose = [&](int64_t b, float* scratch, float* score) {
+    of_image.combine(b, scratch);
+    if (of_text) of_text->combine(b, scratch + n);
+    select_sample(select, b, scratch, of_text ? scratch + n : nullptr, &index[b * keep], score);
+  };
+  if (params.diversity > 0.0) {
+    const int64_t width = merge.metric_width;
+    const bool several = merge.metric_heads > 1;
+    const Buffer<float> relevance(batch * n), means(several ? batch * n * width : 0);
+    for_each_task(threads, batch, std::max(2 * n, padded(width, kScratchPad)),
+                  [&](int64_t b, float* scratch) {
+                    choose(b, scratch, &relevance[b * n]);
+                    relevance_of_places(select, b, params.diversity, &relevance[b * n]);
+                    if (several) head_mean(merge, b, scratch, &means[b * n * width]);
+                  });
+    DiverseParams diverse;
+    diverse.features = {
+        merge.metric.data, merge.metric.dtype, {merge.metric.stride[0], merge.metric.stride[2], 0}};
+    if (several) diverse.features = {means.get(), DType::kFloat32, {n * width, width, 0}};
+    diverse.batch = batch;
+    diverse.tokens = n;
+    diverse.width = width;
+    diverse.keep = keep;
+    diverse.objective = Objective::kDpp;
+    diverse.relevance = {relevance.get(), {n, 1}};
+    diverse.valid = select.valid;
+    diverse.index = index.get();
+    greedy_diverse_select(diverse, threads);
+  }
+  for_each_task(threads, batch, 2 * n + work.prepare_scratch(), [&](int64_t b, float* scratch) {
+    if (params.diversity == 0.0) choose(b, scratch, nullptr);
+    work.prepare(b, &index[b * keep], scratch + 2 * n);
+  });
 
   // 3. Where the dropped tokens go.
   for_each_task(threads, work.assign_tasks(), work.assign_scratch(),
                 [&](int64_t task, float* scratch) { work.assign(task, scratch); });
-  for (int64_t b = 0; b < select.batch; ++b) work.gather(b);
+  for (int64_t b = 0; b < batch; ++b) work.gather(b);
 
   // 4. The merged tokens.
   for_each_task(threads, work.merge_tasks(), work.merge_scratch(),

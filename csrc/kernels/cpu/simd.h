@@ -94,6 +94,16 @@ struct DotsTask {
 };
 constexpr int64_t kDotQueries = 4;  // vectors the dots kernel takes at once
 
+// Multiples of some rows, taken from a few numbers one row after another.
+struct SubtractRowsTask {
+  const float* rows;  // the first of them
+  int64_t row_stride;
+  const double* factor;  // [steps]
+  int64_t steps;
+  int64_t count;  // numbers
+  double* from;   // [count]
+};
+
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A row of `width` elements in units of `per`, an even number of them.
@@ -129,6 +139,7 @@ struct SimdKernels {
   void (*widen)(const void* row, DType dtype, int64_t width, float factor, float* to);
   // The same in the type of the row, without the zeros.
   void (*rescale)(const void* row, DType dtype, int64_t width, float factor, void* to);
+  void (*subtract_rows)(const SubtractRowsTask&);
 };
 
 #ifdef CDROP_SIMD
@@ -138,6 +149,7 @@ void dots(const DotsTask& task);
 float largest(const void* row, DType dtype, int64_t width);
 void widen(const void* row, DType dtype, int64_t width, float factor, float* to);
 void rescale(const void* row, DType dtype, int64_t width, float factor, void* to);
+void subtract_rows(const SubtractRowsTask& task);
 }  // namespace CDROP_SIMD
 #endif
 

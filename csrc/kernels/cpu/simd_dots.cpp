@@ -102,6 +102,29 @@ void rescale_row(const T* row, int64_t width, float factor, T* to) {
 
 namespace CDROP_SIMD {
 
+void subtract_rows(const SubtractRowsTask& task) {
+  constexpr int kTogether = 2 * kLanes;  // four registers of doubles
+  int64_t j = 0;
+  for (; j + kTogether <= task.count; j += kTogether) {
+    double left[kTogether];
+    for (int l = 0; l < kTogether; ++l) left[l] = task.from[j + l];
+    for (int64_t s = 0; s < task.steps; ++s) {
+      const float* row = task.rows + s * task.row_stride + j;
+      const double factor = task.factor[s];
+#pragma GCC unroll 32
+      for (int l = 0; l < kTogether; ++l) left[l] -= factor * static_cast<double>(row[l]);
+    }
+    for (int l = 0; l < kTogether; ++l) task.from[j + l] = left[l];
+  }
+  for (; j < task.count; ++j) {
+    double left = task.from[j];
+    for (int64_t s = 0; s < task.steps; ++s) {
+      left -= task.factor[s] * static_cast<double>(task.rows[s * task.row_stride + j]);
+    }
+    task.from[j] = left;
+  }
+}
+
 void dots(const DotsTask& task) {
   switch (task.dtype) {
     case DType::kFloat32: return all_dots<float>(task);

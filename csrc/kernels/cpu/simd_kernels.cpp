@@ -669,6 +669,7 @@ const SimdKernels CDROP_SIMD_TABLE = {CDROP_STRING(CDROP_SIMD),
                                       CDROP_SIMD::dots,
                                       CDROP_SIMD::largest,
                                       CDROP_SIMD::widen,
-                                      CDROP_SIMD::rescale};
+                                      CDROP_SIMD::rescale,
+                                      CDROP_SIMD::subtract_rows};
 
 }  // namespace cdrop::cpu

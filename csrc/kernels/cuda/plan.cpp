@@ -93,6 +93,7 @@ const char* unsupported(const SelectMergeParams& p) {
   if (p.visual.width > kMaxHeadWidth || (p.has_text && p.textual.width > kMaxHeadWidth)) {
     return "a head is wider than 128";
   }
+  if (p.diversity > 0.0) return "a diverse choice is asked for";
   if (p.merge.tokens > kMaxTokens) return "there are more than 65000 tokens";
   if (p.merge.keep + p.merge.contextual > kMaxTokens) return "there are more than 65000 slots";
   if (p.visual.rows * p.visual.query_heads > (1 << 20) ||

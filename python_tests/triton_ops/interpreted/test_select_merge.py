@@ -8,6 +8,7 @@ import pytest
 import torch
 from ops.cases import generator, random_mask, select_merge_case
 from ops.checks import assert_bitwise, assert_same, check_select_merge
+from ops.checks_more import check_diverse_merge
 
 from .test_consensus_select import length
 
@@ -118,3 +119,28 @@ def test_a_mistake_is_seen(name, broken):
     module = broken("select_merge", *MISTAKES[name])
     with pytest.raises(AssertionError):
         check_select_merge(module.select_merge, args)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33, 65])
+@pytest.mark.parametrize("contextual", [0, 3])
+@pytest.mark.parametrize("text", [False, True])
+def test_diverse(tokens, contextual, text):
+    keep = (tokens + 3) // 4
+    case = select_merge_case(2, tokens, keep, contextual=contextual, text=text, prefix=1, heads=2)
+    check_diverse_merge(op, {**case, "diversity": 0.65})
+
+
+@pytest.mark.parametrize("fusion", ["rank", "max"])
+@pytest.mark.parametrize("diversity", [0.2, 1.0])
+def test_diverse_and_masked(fusion, diversity):
+    case = select_merge_case(3, 40, 9, fusion=fusion, heads=2, diversity=diversity)
+    case["valid"] = random_mask((3, 40), seed=5, share=0.7)
+    case["valid"][1, 6:] = False
+    case["valid"][2] = False
+    check_diverse_merge(op, case)
+
+
+def test_diverse_by_a_given_metric():
+    case = select_merge_case(1, 40, 9, heads=2, diversity=0.65)
+    case["metric"] = torch.randn(1, 40, 20, generator=generator(3)).bfloat16()
+    check_diverse_merge(op, case)
