@@ -506,7 +506,7 @@ def default_dtypes(device: str, kind: str) -> list[torch.dtype]:
 
 
 def fitting(
-    device: str, small: bool, dtypes: Iterable[torch.dtype] = ()
+    device: str, small: bool, dtypes: Iterable[torch.dtype] = (), kinds: Iterable[str] = ()
 ) -> tuple[dict[str, Case], list[str]]:
     """The cases that fit on a device, by name, and a line for each thing that does not.
 
@@ -514,12 +514,13 @@ def fitting(
         device: "cpu" or "cuda".
         small: a tiny case of each op instead.
         dtypes: of the tensors; without them the default ones.
+        kinds: keys of `CASES`; without them all.
     """
     found: dict[str, Case] = {}
     left_out = []
     if device == "cpu" and not small:
         left_out.append("batches but of LLaVA-1.5, square maps over 1024 tokens: minutes on a CPU")
-    for kind in CASES:
+    for kind in kinds or CASES:
         for dtype in dtypes or default_dtypes(device, kind):
             for case in CASES[kind](device, dtype, small):
                 why = too_large(case, device)

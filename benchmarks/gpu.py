@@ -2,14 +2,17 @@
 
     python benchmarks/gpu.py                    # build, tests, sanitize, bench: under nine minutes
     python benchmarks/gpu.py e2e [serve ...]    # each part by its name, under nine minutes each
+    python benchmarks/gpu.py micro              # the parts micro-..., one for each op
     python benchmarks/gpu.py all                # every part, one after the other
     python benchmarks/gpu.py ... --device cpu   # the same code, small, where there is no GPU
 
 Uses the Python that runs it, with its torch and triton; builds in place, installs nothing, needs no
-network. A part that fails, or whose tool is missing, is reported and the next one still runs.
-Writes `benchmarks/results/<device>/summary.json`, where parts of earlier runs stay, and what each
-part leaves beside it; `cdrop report` makes tables of that. The environment variable CDROP_COMMIT
-names the commit where the sources are no git checkout.
+network. A part that fails, or whose tool is missing, is reported and the next one still runs. One
+that stops by itself because its time is over is "out of time": what it did not reach is named, and
+what it has is written; one that has to be stopped failed. Writes
+`benchmarks/results/<device>/summary.json`, where parts of earlier runs stay, and what each part
+leaves beside it; `cdrop report` makes tables of that. The environment variable CDROP_COMMIT names
+the commit where the sources are no git checkout.
 """
 
 from __future__ import annotations
@@ -75,6 +78,34 @@ SHARES = {"build": 90, "tests": 210, "sanitize": 90, "bench": 140}
 LIMIT = 530
 #: What a command that begins with bash ends with where a tool is missing.
 MISSING = 2
+#: What a command ends with that did all it could in its time, but not all there is (EX_TEMPFAIL).
+OUT_OF_TIME = 75
+#: The kinds of ops in `cases.py`; each is a part of its own of pytest-benchmark.
+OPS = ("select_merge", "saliency", "select", "merge", "varlen", "similarity", "split", "greedy")
+#: Model, batches and attention of the parts that time whole models.
+WHOLE = {
+    "e2e": ("llava-1.5-7b", "1,8", "sdpa"),
+    "e2e-batch32": ("llava-1.5-7b", "32", "sdpa"),
+    "e2e-flash": ("llava-1.5-7b", "1,8", "flash"),
+    "e2e-next": ("llava-next-7b", "1", "sdpa"),
+    "e2e-qwen": ("qwen2.5-vl-7b", "1", "sdpa"),
+}
+#: Several parts by one name; `all` is every part there is.
+GROUPS = {"micro": [f"micro-{op}" for op in OPS]}
+
+
+def unreached(name: str) -> str:
+    """The line that says of something in a part that its time was over."""
+    return f"out of time: {name}"
+
+
+def needing(modules: dict[str, str], command: list[str]) -> list[str]:
+    """The command, or one that says which of the modules, by the names of their packages, is
+    missing."""
+    for module, package in modules.items():
+        if importlib.util.find_spec(module) is None:
+            return ["bash", "-c", f"echo {package} is not installed; exit {MISSING}"]
+    return command
 
 
 def commands(device: str, out: pathlib.Path, seconds: int) -> dict[str, list[str]]:
@@ -86,18 +117,20 @@ def commands(device: str, out: pathlib.Path, seconds: int) -> dict[str, list[str
         spread = ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
     ours = ["--device", device]
     small = [] if gpu else ["--small", "--dtype", "float32"]
-    model = ["--model", "llava-1.5-7b", "--keep", "64,192"]
-    batches = ["--batch", "1,8", "--new-tokens", "16"] if gpu else []
-    models = ["python_tests/hf", "python_tests/methods"]
-    rounds, load, tokens = [], [], []
+    served = ["--model", "llava-1.5-7b", "--keep", "64,192"]
+    models, tokens = ["python_tests/hf", "python_tests/methods"], []
     if not gpu:
-        model, rounds = ["--model", "tiny", "--keep", "49"], ["--repeats", "2"]
-        load, tokens = ["--concurrency", "1,2", "--requests", "2"], ["--tokens", "256", "512"]
-        models = ["python_tests/hf/test_signals.py"]
-    micro = [*pytest, "benchmarks", "--benchmark-only", *ours, *small,
-             f"--benchmark-json={out / 'micro.json'}"]  # fmt: skip
-    if importlib.util.find_spec("pytest_benchmark") is None:
-        micro = ["bash", "-c", f"echo pytest-benchmark is not installed; exit {MISSING}"]
+        served = ["--model", "tiny", "--keep", "49", "--concurrency", "1,2", "--requests", "2"]
+        models, tokens = ["python_tests/hf/test_signals.py"], ["--tokens", "256", "512"]
+    micro = {
+        f"micro-{op}": needing(
+            {"pytest_benchmark": "pytest-benchmark"},
+            [*pytest, "benchmarks/test_ops.py", "--benchmark-only", "--only", op, *ours, *small,
+             "--seconds", str(LIMIT - 60), f"--benchmark-json={out / f'micro-{op}.json'}"],
+        )
+        for op in OPS
+    }  # fmt: skip
+    whole = {name: _whole(name, device, out) for name in WHOLE}
     return {
         "build": [python, "setup.py", "build_ext", "--inplace"],
         "tests": [
@@ -109,16 +142,16 @@ def commands(device: str, out: pathlib.Path, seconds: int) -> dict[str, list[str
             python, "benchmarks/gpu_ops.py", *ours, *small,
             "--seconds", str(seconds - 20), "--out", str(out / "ops.json"),
         ],
-        "micro": micro,
+        **micro,
         "growth": [
             python, "benchmarks/growth.py", *ours, "--out", str(out / "growth.json"),
             "--plot", str(out / "growth.png"), *tokens,
         ],
-        "e2e": [python, "benchmarks/e2e.py", *ours, *model, *batches, *rounds,
-                "--out", str(out / "e2e")],
-        "serve": [
-            python, "benchmarks/serve.py", *ours, *model, *load, "--out", str(out / "serve"),
-        ],
+        **whole,
+        "serve": needing(
+            {"transformers": "transformers"},
+            [python, "benchmarks/serve.py", *ours, *served, "--out", str(out / "serve")],
+        ),
         "hf": [*pytest, *spread, *models],
         "profile": [
             "bash", "-ec",
@@ -129,22 +162,38 @@ def commands(device: str, out: pathlib.Path, seconds: int) -> dict[str, list[str
     }  # fmt: skip
 
 
+def _whole(name: str, device: str, out: pathlib.Path) -> list[str]:
+    """The command of a part that times a whole model."""
+    model, batches, attention = WHOLE[name]
+    modules = {"transformers": "transformers"}
+    if attention == "flash":
+        modules |= {"flash_attn": "flash-attn"}
+    size = ["--model", model, "--batch", batches, "--keep", "64,128,192", "--new-tokens", "16"]
+    if device == "cpu":
+        size = ["--model", "tiny", "--keep", "49", "--repeats", "2"]
+    return needing(modules, [
+        sys.executable, "benchmarks/e2e.py", "--device", device, *size, "--attention", attention,
+        "--seconds", str(LIMIT - 60), "--out", str(out / name),
+    ])  # fmt: skip
+
+
 def parts(device: str, out: pathlib.Path, chosen: list[str]) -> dict[str, tuple[list[str], int]]:
-    """Command and time limit in seconds of each chosen part, of those of `SHARES` without a choice.
+    """Command and time limit in seconds of each chosen part or group of parts, of those of `SHARES`
+    without a choice.
 
     Raises:
         ValueError: there is no such part.
     """
     seconds = LIMIT if chosen else SHARES["bench"]
     known = commands(device, out, seconds)
-    unknown = set(chosen) - {*known, "all"}
+    groups = GROUPS | {"all": list(known)}
+    unknown = set(chosen) - {*known, *groups}
     if unknown:
-        raise ValueError(
-            f"unknown part {', '.join(sorted(unknown))}: there is {', '.join(known)}, all"
-        )
+        names = ", ".join([*known, *groups])
+        raise ValueError(f"unknown part {', '.join(sorted(unknown))}: there is {names}")
     if not chosen:
         return {name: (known[name], limit) for name, limit in SHARES.items()}
-    return {name: (known[name], LIMIT) for name in (known if "all" in chosen else chosen)}
+    return {part: (known[part], LIMIT) for name in chosen for part in groups.get(name, [name])}
 
 
 def run(name: str, command: list[str], limit: int, out: pathlib.Path) -> dict[str, Any]:
@@ -171,13 +220,24 @@ def run(name: str, command: list[str], limit: int, out: pathlib.Path) -> dict[st
             code = None
     lines = log.read_text(errors="replace").rstrip().splitlines()
     print("\n".join(lines[-25:]), flush=True)
-    not_run = code == MISSING and command[0] == "bash"
+    verdicts: dict[int | None, str] = {0: "ok", OUT_OF_TIME: "out of time"}
+    if command[0] == "bash":
+        verdicts[MISSING] = "not run"
+    begin = unreached("")
     return {
-        "verdict": "ok" if code == 0 else "not run" if not_run else "failed",
+        "verdict": verdicts.get(code, "failed"),
         "exit_code": code if code is not None else f"over {limit} s",
         "seconds": round(time.monotonic() - start, 1),
         "last_line": lines[-1].replace(f"{ROOT}{os.sep}", "") if lines else "",
+        "out_of_time": [line.removeprefix(begin) for line in lines if line.startswith(begin)],
     }
+
+
+def said(part: dict[str, Any]) -> str:
+    """The verdict on a part in a few words: `failed (3)`, `out of time (12 left)`."""
+    if part["verdict"] == "out of time":
+        return f"out of time ({len(part['out_of_time'])} left)"
+    return part["verdict"] + (f" ({part['exit_code']})" if part["exit_code"] else "")
 
 
 def _earlier(path: pathlib.Path) -> dict[str, Any]:
@@ -193,13 +253,14 @@ def main() -> int:
     """Run the parts named on the command line.
 
     Returns:
-        0, or 1 if a part failed, or 2 if none could be run.
+        0, or 1 if a part failed, or 2 if none could be run. A part that was out of time failed in
+        nothing.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "parts", nargs="*",
-        help="build, tests, sanitize, bench (all four where none is named), micro, growth, e2e, "
-        "serve, hf, profile, or all",
+        help=f"{', '.join(SHARES)} (all four where none is named), micro or "
+        f"{', '.join(GROUPS['micro'])}, growth, {', '.join(WHOLE)}, serve, hf, profile, or all",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
@@ -224,11 +285,10 @@ def main() -> int:
         mine[name] = every[name] = run(name, command, limit, out) | about
         path.write_text(json.dumps({"device": about["device"], "parts": every}, indent=1) + "\n")
     for name, part in mine.items():
-        verdict = part["verdict"] + (f" ({part['exit_code']})" if part["exit_code"] else "")
-        print(f"{name:10} {verdict:18} {part['seconds']:6.1f} s  {part['last_line']}")
+        print(f"{name:18} {said(part):24} {part['seconds']:6.1f} s  {part['last_line']}")
     print(f"written to {out}")
     verdicts = {part["verdict"] for part in mine.values()}
-    return 1 if "failed" in verdicts else 0 if "ok" in verdicts else 2
+    return 1 if "failed" in verdicts else 0 if verdicts & {"ok", "out of time"} else 2
 
 
 if __name__ == "__main__":

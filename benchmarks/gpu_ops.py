@@ -4,18 +4,20 @@
 
 The cases are those of `pytest benchmarks` (`cases.py`); this needs no pytest. A row: op, shape,
 dtype, contender, median, p20, p80, host time, bytes (each input read and each output written once),
-share of the measured copy bandwidth, and the ratio to the op in the same run. The definition of an
-op is checked against, not timed.
+share of the measured copy bandwidth, how it was timed (in a CUDA graph where that can be captured),
+and the ratio to the op in the same run. The definition of an op is checked against, not timed. The
+ops take turns, so that little time has some cases of each; what it does not reach is `not_run`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 if not __package__:  # run as a file
@@ -24,14 +26,25 @@ if not __package__:  # run as a file
 import torch
 
 from benchmarks.cases import CASES, OURS, Case, check, size, too_large
+from benchmarks.gpu import OUT_OF_TIME, unreached
 from benchmarks.timing import copy_bandwidth, measure, rotated
+
+
+def in_turn(kinds: Iterable[str], device: str, dtype: torch.dtype, small: bool) -> Iterator[Case]:
+    """The first case of each kind, then the second of each, and so on."""
+    rounds = itertools.zip_longest(*(CASES[kind](device, dtype, small) for kind in kinds))
+    return (case for cases in rounds for case in cases if case is not None)
+
+
+def described(case: Case) -> dict[str, Any]:
+    """What all rows of a case share."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    return {"op": case.op, "shape": case.shape, "dtype": dtype}
 
 
 def time_case(case: Case, device: str, bandwidth: float) -> Iterator[dict[str, Any]]:
     """A row for each contender; a failure becomes a row that says so."""
-    common = {
-        "op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."),
-    }  # fmt: skip
+    common = described(case)
     kernels = case.kernels(device)
     try:
         torch.manual_seed(0)
@@ -63,7 +76,11 @@ def time_case(case: Case, device: str, bandwidth: float) -> Iterator[dict[str, A
 
 
 def main() -> int:
-    """Run the chosen cases; the exit code is 1 where a row failed."""
+    """Run the chosen cases.
+
+    Returns:
+        1 if a row failed, `OUT_OF_TIME` if none did but some case was not reached, else 0.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--only", choices=tuple(CASES), action="append")
@@ -76,24 +93,27 @@ def main() -> int:
     start = time.monotonic()
     bandwidth = copy_bandwidth(torch.device(options.device), 16 if options.small else 512)
     rows: list[dict[str, Any]] = []
-    for kind in options.only or CASES:
-        for case in CASES[kind](options.device, dtype, options.small):
-            if time.monotonic() - start > options.seconds:
-                rows.append({"op": case.op, "shape": case.shape, "error": "not run: out of time"})
-                continue
-            why = too_large(case, options.device)
-            for what in (why,) if why else case.left_out:
-                print(f"{case.op:25} {case.shape:25} left out, {what}", flush=True)
-            if why:
-                continue
+    late: list[str] = []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for case in in_turn(options.only or CASES, options.device, dtype, options.small):
+        why = too_large(case, options.device)
+        for what in (why,) if why else case.left_out:
+            print(f"{case.op:25} {case.shape:25} left out, {what}", flush=True)
+        if why:
+            continue
+        if time.monotonic() - start > options.seconds:
+            late.append(case.name)
+            rows.append(described(case) | {"not_run": "out of time"})
+        else:
             for row in time_case(case, options.device, bandwidth):
                 rows.append(row)
                 print(_line(row), flush=True)
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(
-                json.dumps({"copy_bandwidth": bandwidth, "rows": rows}, indent=1)
-            )
-    return int(any("error" in row for row in rows))
+        options.out.write_text(json.dumps({"copy_bandwidth": bandwidth, "rows": rows}, indent=1))
+    failed = sum("error" in row for row in rows)
+    for name in late:
+        print(unreached(name))
+    print(f"{len(rows) - failed - len(late)} timed, {failed} failed, {len(late)} out of time")
+    return 1 if failed else OUT_OF_TIME if late else 0
 
 
 def _line(row: dict[str, Any]) -> str:

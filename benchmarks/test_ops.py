@@ -1,6 +1,7 @@
 """Every op through pytest-benchmark, beside its baselines, which share its group.
 
     pytest benchmarks/test_ops.py --benchmark-only [--device cpu|cuda] [--dtype float32] [--small]
+        [--only saliency] [--seconds 300]
     make bench    # with the other files here, and a Markdown table of ratios at the end
 
 Run on an otherwise idle machine. A contender is timed only after the kernels of its case agreed
@@ -46,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     device, small = config.getoption("device"), config.getoption("small")
     dtypes = [getattr(torch, name) for name in config.getoption("dtype")]
-    cases, config.left_out = fitting(device, small, dtypes)
+    cases, config.left_out = fitting(device, small, dtypes, config.getoption("only"))
     found = [(c, name) for c in cases.values() for name in c.contenders(device, not small)]
     metafunc.parametrize(
         ("case", "contender"), found, ids=[f"{c.name}, {name}" for c, name in found]

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the package
 
-from benchmarks import cases, gpu_ops, memory, timing  # noqa: E402
+from benchmarks import cases, gpu, gpu_ops, memory, timing  # noqa: E402
 
 SMALL = [case for kind in cases.CASES for case in cases.CASES[kind]("cpu", torch.float32, True)]
 
@@ -147,6 +147,27 @@ def test_gpu_ops_writes_rows(tmp_path):
     assert found["rows"][0]["ratio"] == 1
 
 
+def test_gpu_ops_says_what_it_had_no_time_for(tmp_path):
+    out = tmp_path / "rows.json"
+    arguments = ["--device", "cpu", "--small", "--dtype", "float32", "--seconds", "0"]
+    done = run("benchmarks/gpu_ops.py", *arguments, "--only", "merge", "--out", str(out))
+    assert done.returncode == gpu.OUT_OF_TIME
+    case = next(c for c in SMALL if c.op == "token_merge")
+    assert done.stdout.splitlines() == [
+        gpu.unreached(case.name), "0 timed, 0 failed, 1 out of time",
+    ]  # fmt: skip
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row == gpu_ops.described(case) | {"not_run": "out of time"}
+
+
+def test_gpu_ops_has_a_case_of_each_op_before_the_second_of_any():
+    made = list(gpu_ops.in_turn(cases.CASES, "cuda", torch.bfloat16, False))
+    count = len(cases.CASES)
+    assert len({case.op for case in made[:count]}) == count
+    every = [c for kind in cases.CASES for c in cases.CASES[kind]("cuda", torch.bfloat16, False)]
+    assert sorted(case.name for case in made) == sorted(case.name for case in every)
+
+
 def test_gpu_ops_goes_on_after_a_contender_that_fails():
     case = next(c for c in SMALL if c.op == "token_merge")
 
@@ -188,6 +209,18 @@ def test_pytest_benchmark_times_the_same_cases(results):
             assert info["copy_share"] > 0
             assert info["peak_bytes"] is None or info["peak_bytes"] >= 0
         assert group[0]["extra_info"]["backend"] == cases.default_backend("cpu")
+
+
+def test_pytest_benchmark_says_what_it_had_no_time_for():
+    pytest.importorskip("pytest_benchmark")
+    small = ["benchmarks/test_ops.py", "--small", "--device", "cpu", "--only", "merge"]
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *small, "--seconds", "0")
+    assert done.returncode == gpu.OUT_OF_TIME, done.stdout
+    case = next(c for c in SMALL if c.op == "token_merge")
+    said = [line for line in done.stdout.splitlines() if line.startswith(gpu.unreached(""))]
+    assert said == [gpu.unreached(case.name)]
+    count = len(case.contenders("cpu", compiled=False))
+    assert done.stdout.splitlines()[-1].startswith(f"{count} skipped")
 
 
 def test_without_pytest_benchmark_one_line_says_what_to_do():

@@ -12,9 +12,14 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from benchmarks.cases import CASES
 
 ROOT = Path(__file__).parents[2]
-EVERY = ["build", "tests", "sanitize", "bench", "micro", "growth", "e2e", "serve", "hf", "profile"]
+MICRO = [f"micro-{kind}" for kind in CASES]
+WHOLE = ["e2e", "e2e-batch32", "e2e-flash", "e2e-next", "e2e-qwen"]
+EVERY = [
+    "build", "tests", "sanitize", "bench", *MICRO, "growth", *WHOLE, "serve", "hf", "profile"
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -65,6 +70,19 @@ def test_a_failing_part_is_reported_and_the_next_still_runs(main):
     assert parts["bench"]["last_line"] == "fine: benchmarks"  # nobody's folders in results
 
 
+def test_out_of_time_is_neither_an_error_nor_a_success(main, capsys):
+    late = f"print({gpu.unreached('an op, B1')!r}); print('the end'); raise SystemExit(75)"
+    code, parts = main({"bench": python(late)})
+    assert code == 0
+    assert parts["bench"]["verdict"] == "out of time"
+    assert parts["bench"]["out_of_time"] == ["an op, B1"]
+    assert parts["bench"]["last_line"] == "the end"
+    assert "bench              out of time (1 left)" in capsys.readouterr().out
+    code, parts = main({"bench": python(late), "micro": python("raise SystemExit(1)")})
+    assert code == 1
+    assert parts["micro"]["out_of_time"] == []
+
+
 def test_a_part_of_an_earlier_run_stays_with_its_commit_until_it_runs_again(main, monkeypatch):
     monkeypatch.setattr(gpu, "header", lambda device: {"device": "cpu", "commit": "one"})
     assert main({"build": python("print(1)"), "bench": python("print(1)")})[0] == 0
@@ -88,15 +106,61 @@ def test_the_parts_and_their_time(tmp_path, device):
     assert list(default) == EVERY[:4]
     assert sum(limit for _, limit in default.values()) < 540
     assert list(gpu.parts(device, tmp_path, ["all"])) == EVERY
+    assert list(gpu.parts(device, tmp_path, ["micro", "build"])) == [*MICRO, "build"]
     chosen = gpu.parts(device, tmp_path, ["serve", "bench"])
     assert list(chosen) == ["serve", "bench"]
     assert all(limit < 540 for _, limit in chosen.values())
-    with pytest.raises(ValueError, match="unknown part nothing: there is build, .*, all"):
+    with pytest.raises(ValueError, match="unknown part nothing: there is build, .*, micro, all"):
         gpu.parts(device, tmp_path, ["nothing"])
 
 
+@pytest.fixture
+def everything(monkeypatch):
+    """As if all packages were there."""
+    monkeypatch.setattr(gpu, "needing", lambda modules, command: command)
+
+
+def test_parts_that_measure_write_files_of_their_own_and_end_in_time(tmp_path, everything):
+    """By themselves: what would be killed at its limit would leave nothing behind."""
+    written = set()
+    for name in ("bench", *MICRO, *WHOLE):
+        command, limit = gpu.parts("cuda", tmp_path, [name])[name]
+        assert float(command[command.index("--seconds") + 1]) < limit
+        written |= {word for word in command if str(tmp_path) in word}
+    assert len(written) == 1 + len(MICRO) + len(WHOLE)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_models_and_what_is_measured_of_them(tmp_path, everything, name):
+    pytest.importorskip("transformers")
+    from benchmarks import e2e
+    from benchmarks.end_to_end.models import RANDOM
+
+    command, _ = gpu.parts("cuda", tmp_path, [name])[name]
+    args = e2e._parser("e2e").parse_args(command[2:])
+    assert args.model in RANDOM
+    assert (args.model, ",".join(map(str, args.batch)), *args.attention) == gpu.WHOLE[name]
+    assert args.keep == (64, 128, 192)
+
+
+@pytest.mark.parametrize(
+    ("part", "module", "package"),
+    [
+        ("micro-select", "pytest_benchmark", "pytest-benchmark"),
+        ("e2e-next", "transformers", "transformers"),
+        ("e2e-flash", "flash_attn", "flash-attn"),
+        ("serve", "transformers", "transformers"),
+    ],
+)
+def test_a_part_without_its_package_is_not_run(tmp_path, monkeypatch, part, module, package):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name != module or None)
+    command, limit = gpu.parts("cuda", tmp_path, [part])[part]
+    found = gpu.run(part, command, limit, tmp_path)
+    assert (found["verdict"], found["last_line"]) == ("not run", f"{package} is not installed")
+
+
 @pytest.mark.parametrize("name", EVERY)
-def test_the_files_a_part_names_are_there(tmp_path, name):
+def test_the_files_a_part_names_are_there(tmp_path, everything, name):
     command, _ = gpu.parts("cuda", tmp_path, [name])[name]
     named = [word for part in command for word in part.split() if word.endswith((".py", ".sh"))]
     named += [word for word in command if word.startswith("python_tests")]
