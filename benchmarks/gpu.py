@@ -237,7 +237,7 @@ def said(part: dict[str, Any]) -> str:
     """The verdict on a part in a few words: `failed (3)`, `out of time (12 left)`."""
     if part["verdict"] == "out of time":
         return f"out of time ({len(part['out_of_time'])} left)"
-    return part["verdict"] + (f" ({part['exit_code']})" if part["exit_code"] else "")
+    return part["verdict"] + (f" ({part['exit_code']})" if part["verdict"] == "failed" else "")
 
 
 def _earlier(path: pathlib.Path) -> dict[str, Any]:

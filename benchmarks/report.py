@@ -29,6 +29,7 @@ from typing import Any
 
 from consensusdrop_kernels.cli import Parser
 
+from .gpu import said
 from .profile import ncu_summary as counters
 from .summary import markdown_table, tables
 
@@ -119,16 +120,19 @@ def caption(section: Section, root: Path = ROOT) -> str:
 
 def _summary(data: Data) -> Section:
     lines = ["| part | verdict | seconds | measured | last line |", "|---|---|---|---|---|"]
+    late = []
     for name, part in data["parts"].items():
         old = staleness(part.get("commit"), EVERYTHING)
         when = f"{part.get('date', '')[:10]}, {part.get('commit')}{'; ' if old else ''}{old}"
         last = part["last_line"].replace("|", "\\|")
-        lines.append(f"| {name} | {part['verdict']} | {part['seconds']} | {when} | {last} |")
-    return Section("", "make gpu", "\n".join(lines))
+        lines.append(f"| {name} | {said(part)} | {part['seconds']} | {when} | {last} |")
+        if part.get("out_of_time"):
+            late.append(f"- out of time in `{name}`: {'; '.join(part['out_of_time'])}")
+    return Section("", "make gpu", "\n".join([*lines, *([""] if late else []), *late]))
 
 
 def _ops(data: Data) -> Section:
-    rows = [_contender(row) for row in data["rows"] if "error" not in row]
+    rows = [_contender(row) for row in data["rows"] if "contender" in row and "error" not in row]
     cases = {(row["op"], row["group"]) for row in rows if row["name"] == OURS}
     good = [row for row in rows if (row["op"], row["group"]) in cases]  # others have no ratio
     parts = [f"`{op}`:\n\n{markdown_table(rows)}" for op, rows in _grouped(good, "op").items()]
@@ -137,6 +141,8 @@ def _ops(data: Data) -> Section:
         for row in data["rows"] if "error" in row
     ]  # fmt: skip
     parts += ["Not measured:", "\n".join(bad)] if bad else []
+    late = [f"- {row['op']}, {row['shape']}" for row in data["rows"] if "not_run" in row]
+    parts += [f"Out of time, {len(late)} cases:", "\n".join(late)] if late else []
     return Section(
         "", "Ops", "\n\n".join(parts), f"copies {data['copy_bandwidth'] / 1e9:.0f} GB/s",
         sources=KERNELS, draw=lambda folder: _draw_ratios(folder, good),
@@ -148,7 +154,7 @@ def _contender(row: Data) -> dict[str, Any]:
     return {
         "op": row["op"], "group": f"{row['shape']} {row['dtype']}", "name": row["contender"],
         "median": row["median_us"] * 1e-6, "bytes": row["bytes"],
-        "copy_share": row["bandwidth_share"],
+        "copy_share": row["bandwidth_share"], "how": row["how"],
     }  # fmt: skip
 
 
@@ -407,6 +413,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error)
+
+
 def main(arguments: Sequence[str] | None = None, program: str = "cdrop report") -> int:
     """Report what the command line asks for.
 
@@ -425,11 +437,12 @@ def main(arguments: Sequence[str] | None = None, program: str = "cdrop report") 
             return 0
         text = document(sections, unread, beside)
         if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(text)
         else:
             print(text, end="")
-    except (ReportError, OSError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+    except (ReportError, OSError, ImportError) as error:
+        print(f"{program}: {_sentence(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -18,9 +18,10 @@ def markdown_table(rows: Iterable[Row]) -> str:
 
     Args:
         rows: `group`, `name` of the contender, `median` in seconds; `bytes` moved, `copy_share`,
-            `peak_bytes`, `graph_us` and `graph_cold_us` where they are known. The first contender
-            of the first group is the one that the others are divided by; a group without it has no
-            line.
+            `peak_bytes`, `graph_us` and `graph_cold_us`, `how` the median was timed and by what
+            `graph` those two were, where they are known. The first contender of the first group is
+            the one that the others are divided by; a group without it has no line. Ratios to what
+            was timed otherwise are marked.
     """
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -38,11 +39,29 @@ def markdown_table(rows: Iterable[Row]) -> str:
     header = ["case", subject, *shown, *(f"{name} / it" for name in others)]
     out = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for at, (case, group) in enumerate(lines.items()):
-        ours = group[subject]["median"]
-        ratios = [f"{group[n]['median'] / ours:.2f}" if n in group else "-" for n in others]
-        cells = [case, _duration(ours), *(column[at] for column in shown.values()), *ratios]
+        ours = group[subject]
+        ratios = [_ratio(group[n], ours) if n in group else "-" for n in others]
+        figures_here = (column[at] for column in shown.values())
+        cells = [case, _duration(ours["median"]), *figures_here, *ratios]
         out.append("| " + " | ".join(cells) + " |")
+    otherwise = {
+        row["how"]: None for group in lines.values() for row in group.values()
+        if _otherwise(row, group[subject])
+    }  # fmt: skip
+    if otherwise:
+        out += ["", f"{_MARK} timed otherwise than {subject}: {', '.join(otherwise)}"]
     return "\n".join(out)
+
+
+_MARK = "\N{DAGGER}"
+
+
+def _otherwise(row: Row, ours: Row) -> bool:
+    return row.get("how") != ours.get("how")
+
+
+def _ratio(row: Row, ours: Row) -> str:
+    return f"{row['median'] / ours['median']:.2f}" + _MARK * _otherwise(row, ours)
 
 
 def _speed(row: Row) -> str:
@@ -61,9 +80,14 @@ def _graph(key: str) -> Callable[[Row], str]:
     return lambda row: f"{row[key]:.1f}" if key in row else "-"
 
 
+def _how(row: Row) -> str:
+    """Of the median, or where that is of calls as they are, of the two columns before."""
+    return row.get("how") or row.get("graph") or "-"
+
+
 _FIGURES = {
     "GB/s": _speed, "of copy": _share, "peak MB": _peak,
-    "graph us": _graph("graph_us"), "cold us": _graph("graph_cold_us"),
+    "graph us": _graph("graph_us"), "cold us": _graph("graph_cold_us"), "how": _how,
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ HEADER = {
 def op_row(contender: str, median_us: float, **more: Any) -> dict[str, Any]:
     return {
         "op": "token_merge", "shape": "B1 N8", "dtype": "float32", "contender": contender,
-        "median_us": median_us, "bytes": 8000, "bandwidth_share": 0.5, **more,
+        "median_us": median_us, "bytes": 8000, "bandwidth_share": 0.5, "how": "CUDA graph", **more,
     }  # fmt: skip
 
 
@@ -38,10 +38,13 @@ OPS = {
         {"op": "token_merge", "shape": "B9 N9", "dtype": "float32", "error": "no memory"},
         op_row("cdrop", 0.0, shape="B7 N7", error="it failed"),
         op_row("plain torch", 10.0, shape="B7 N7"),  # over nothing
+        op_row("eager", 12.0, how="launched one by one"),
+        {"op": "token_merge", "shape": "B6 N6", "dtype": "float32", "not_run": "out of time"},
     ],
 }
 PART = {"verdict": "ok", "exit_code": 0, "seconds": 1.5, "last_line": "3 passed | 1 skipped"}
-SUMMARY = {"device": "made-up", "parts": {"tests": PART | HEADER, "bench": PART | HEADER}}
+LATE = {"verdict": "out of time", "exit_code": 75, "out_of_time": ["an op, B1", "an op, B2"]}
+SUMMARY = {"device": "made-up", "parts": {"tests": PART | HEADER, "bench": PART | HEADER | LATE}}
 TTFT = {"median": 5.0, "p20": 4.0, "p80": 6.0}
 WHOLE_ROW = {
     "attention": "sdpa", "batch": 1, "name": "Full", "label": "Full", "form": "full", "keep": None,
@@ -156,7 +159,14 @@ def test_the_sections_of_a_folder(results):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[0] == "B1 N8 float32"
     assert "2.50" in cells
+    assert "CUDA graph" in cells
+    assert "3.00\N{DAGGER}" in cells
+    assert "\n\N{DAGGER} timed otherwise than cdrop: launched one by one" in ops.body
     assert "- token_merge, B9 N9, all: no memory" in ops.body
+    assert "Out of time, 1 cases:\n\n- token_merge, B6 N6" in ops.body
+    verdicts = by_name["made-up/summary"].body
+    assert "| bench | out of time (2 left) |" in verdicts
+    assert "- out of time in `bench`: an op, B1; an op, B2" in verdicts
     assert "0.500 (0.400-0.600)" in by_name["made-up/e2e"].body
     assert "| select_merge | cdrop | 1.25 | - | 512 | - |" in by_name["made-up/growth"].body
     assert "| 1 | Full | all | 6.25 | 1.00 | 10 | 20 |" in by_name["made-up/serve"].body
@@ -226,6 +236,28 @@ def test_markers_that_are_wrong_leave_the_file_as_it_was(results, tmp_path, caps
     assert cli.main(["report", str(results), "--readme", str(path)]) == 2
     assert message in capsys.readouterr().err
     assert path.read_text() == page
+
+
+def test_the_folder_of_the_report_need_not_be_there(results, tmp_path):
+    out = tmp_path / "missing" / "folder" / "report.md"
+    assert cli.main(["report", str(results), "--out", str(out)]) == 0
+    assert "| B1 N8 float32 |" in out.read_text()
+    assert "](../../results/made-up/ops-a.png)" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "why"),
+    [
+        ("--out", "", "is a directory"),
+        ("--readme", "none.md", "no such file or directory"),
+        ("--out", "results/made-up/ops.json/report.md", "file exists"),
+    ],
+)
+def test_a_file_that_cannot_be_had_is_one_sentence(results, tmp_path, capsys, option, path, why):
+    where = tmp_path / path
+    assert cli.main(["report", str(results), option, str(where)]) == 2
+    at = where.parent if why == "file exists" else where
+    assert capsys.readouterr().err == f"cdrop report: {at}: {why}\n"
 
 
 def test_plots_are_drawn_where_they_are_asked_for(results, tmp_path):

@@ -43,10 +43,25 @@ def test_a_table_for_each_op_and_ratios_to_its_first_contender():
 
 def test_what_a_graph_took_has_columns_of_its_own():
     found = summary.tables({"benchmarks": [
-        timed("test_op", "a 1", "cdrop", 2e-5, op="a", graph_us=3.25, graph_cold_us=4.5),
+        timed("test_op", "a 1", "cdrop", 2e-5, op="a", graph_us=3.25, graph_cold_us=4.5,
+              graph="launched one by one"),
     ]})  # fmt: skip
-    assert "| case | cdrop | graph us | cold us |" in found
-    assert "| 1 | 20.0 us | 3.2 | 4.5 |" in found
+    assert "| case | cdrop | graph us | cold us | how |" in found
+    assert "| 1 | 20.0 us | 3.2 | 4.5 | launched one by one |" in found
+
+
+def test_a_ratio_to_what_was_timed_otherwise_is_marked():
+    rows = [
+        {"group": "1", "name": "cdrop", "median": 1.0, "how": "CUDA graph"},
+        {"group": "1", "name": "plain torch", "median": 2.0, "how": "CUDA graph"},
+        {"group": "1", "name": "eager", "median": 3.0, "how": "launched one by one"},
+    ]
+    assert summary.markdown_table(rows).splitlines()[0::2] == [
+        "| case | cdrop | how | plain torch / it | eager / it |",
+        "| 1 | 1000.00 ms | CUDA graph | 2.00 | 3.00\N{DAGGER} |",
+        "\N{DAGGER} timed otherwise than cdrop: launched one by one",
+    ]
+    assert "\N{DAGGER}" not in summary.markdown_table(rows[:2])
 
 
 def test_groups_with_other_subjects_get_tables_of_their_own():
