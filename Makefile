@@ -71,7 +71,8 @@ bench: setup
 	$(BIN)/python benchmarks/summary.py build/bench.json
 
 # Not in .venv: the Python that is there, with its torch and triton. Without PART: build, tests,
-# sanitize, bench, in nine minutes. PART: any of these, micro, growth, e2e, serve, hf, profile, or all.
+# sanitize, bench, in nine minutes. PART: any of these, growth, e2e, serve, hf, profile, micro, others
+# that benchmarks/README.md lists, or all.
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(PART)
 

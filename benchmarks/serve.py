@@ -22,9 +22,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,8 +202,15 @@ def load(
     return found, server.batches
 
 
-def run(subject: Subject, options: Options) -> results.Results:
+def run(
+    subject: Subject, options: Options, save: Callable[[results.Results], object] = lambda r: None
+) -> results.Results:
     """Measure every method under every load, the methods in turn.
+
+    Args:
+        subject: the model.
+        options: the loads.
+        save: called with what is there after each number of clients.
 
     Returns:
         `header` and `rows`.
@@ -211,6 +219,11 @@ def run(subject: Subject, options: Options) -> results.Results:
     words = [_WORDS[at % len(_WORDS)] for at in range(_PROMPTS)]
     prompts = [subject.request(at, words[at]) for at in range(_PROMPTS)]
     rows: list[results.Row] = []
+    header = header_of(subject) | {
+        "requests": options.requests, "max_batch": options.max_batch,
+        "new_tokens": options.new_tokens,
+    }  # fmt: skip
+    found: results.Results = {"header": header, "rows": rows}
     bar = tqdm(total=len(made) * len(options.concurrency), unit="load", disable=None)
     for clients in options.concurrency:
         first: results.Row | None = None
@@ -221,12 +234,9 @@ def run(subject: Subject, options: Options) -> results.Results:
                 row["of_full"] = row["requests_per_s"] / first["requests_per_s"]
             rows.append(row)
             bar.update()
+        save(found)
     bar.close()
-    header = header_of(subject) | {
-        "requests": options.requests, "max_batch": options.max_batch,
-        "new_tokens": options.new_tokens,
-    }  # fmt: skip
-    return {"header": header, "rows": rows}
+    return found
 
 
 def _row(
@@ -343,17 +353,20 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
                 tuple(parse_methods(args.methods)), args.keep, args.concurrency, args.requests,
                 args.max_batch, args.new_tokens,
             )  # fmt: skip
-            found = run(subject_of(args), options)
+            subject = subject_of(args)
+            args.out.mkdir(parents=True, exist_ok=True)
+            found = run(subject, options, partial(_save, args.out))
         except DemoError as error:
             print(f"{program}: {error}", file=sys.stderr)
             return 2
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = markdown(found)
-    paths = results.write(args.out, "serve", found, text)
-    paths += draw(args.out, found) if results.drawable() else []
-    print(text)
-    print(f"written to {', '.join(map(str, paths))}")
+    print(markdown(found))
+    print(f"written to {', '.join(map(str, _save(args.out, found)))}")
     return 0
+
+
+def _save(out: Path, found: results.Results) -> list[Path]:
+    paths = results.write(out, "serve", found, markdown(found))
+    return paths + (draw(out, found) if results.drawable() else [])
 
 
 if __name__ == "__main__":

@@ -94,3 +94,10 @@ def test_a_method_that_can_t_run_has_a_reason(tiny):
     assert not rows[0]["reason"]
     assert "before the first stage" in rows[1]["reason"]
     assert rows[1]["requests_per_s"] is None
+
+
+def test_what_was_found_is_handed_over_after_each_number_of_clients(tiny):
+    saved: list[int] = []
+    options = serve.Options(tuple(parse_methods("Random")), (8,), (1, 2), 1, 2, 1)
+    serve.run(tiny, options, lambda found: saved.append(len(found["rows"])))
+    assert saved == [2, 4]
