@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -269,7 +269,7 @@ def _flops(subject: Subject, counts: Counts) -> float | None:
 
 
 def _rates(
-    answers: dict[str, Callable[[], float]], rows: dict[str, results.Row], rounds: int,
+    answers: Mapping[str, Callable[[], float]], rows: Mapping[str, results.Row], rounds: int,
     seconds: float, bar: Any,
 ) -> dict[str, list[float]]:  # fmt: skip
     """What each call says: one round, and as many more, up to `rounds`, as begin in `seconds`."""
