@@ -95,13 +95,20 @@ class StaticProbe:
         asked = tuple(live.any(1).tolist())
         weight = upload(live, embeds.device).float()
         index = upload(index, embeds.device)
-        positions, at = self._positions, list[Angles]([None, None])
+        positions = self._positions
+        project = Projection(self._text, layer)
+        if rotary and context == "visual" and place.own is None:
+            where = positions_at(positions, torch.cat((index, place.columns), 1))
+            angles = angles_of(self._text, layer, embeds, where)
+            rows = torch.cat((take_rows(embeds, index), self._tokens), 1)
+            q, k = project.pair(rows, index.shape[1], angles)
+            return TextProbe(q, k, project.scale, None, weight, asked)
+        at: list[Angles] = [None, None]
         if rotary:
             rows = positions_at(positions, index)
             if context == "visual":
                 positions = positions_at(positions, place.columns, place.own)
             at = position_angles(self._text, layer, embeds, rows, positions)
-        project = Projection(self._text, layer)
         q = project.queries(take_rows(embeds, index), at[0])
 
         lse = None
@@ -138,17 +145,23 @@ def position_angles(text: Any, layer: int, like: Tensor, *positions: Tensor) -> 
         positions: of each set `[B, n]`, or `[3, B, n]`, `[4, B, n]`.
     """
     where = torch.cat([each.flatten(-2) for each in positions], -1).unsqueeze(-2)
-    if where.dim() == 3 and len(where) == 4:  # the first row only tells sequences apart
-        where = where[1:]
-    by_kind = _takes_kind(type(text.rotary_emb).forward)
-    of_layer = (text.config.layer_types[layer],) if by_kind else ()
-    cos, sin = text.rotary_emb(like, where, *of_layer)
+    cos, sin = angles_of(text, layer, like, where)
     shapes = [each.shape[-2:] for each in positions]
     counts = [shape.numel() for shape in shapes]
     return [
         (c.view(*shape, -1), s.view(*shape, -1))
         for c, s, shape in zip(cos.split(counts, 1), sin.split(counts, 1), shapes, strict=True)
     ]
+
+
+def angles_of(text: Any, layer: int, like: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin `[B, n, d]` of positions `[B, n]`, `[3, B, n]` or `[4, B, n]`; see above."""
+    if where.dim() == 3 and len(where) == 4:  # the first row only tells sequences apart
+        where = where[1:]
+    by_kind = _takes_kind(type(text.rotary_emb).forward)
+    of_layer = (text.config.layer_types[layer],) if by_kind else ()
+    cos, sin = text.rotary_emb(like, where, *of_layer)
+    return cos, sin
 
 
 @functools.cache
@@ -186,6 +199,18 @@ class Projection:
     def keys(self, x: Tensor, angles: Angles = None) -> Tensor:
         """`[R, Hk, n, d]` of the rows `x [R, n, D]`."""
         return self.rotated(self._heads("k", self._norm(x)), angles)
+
+    def pair(self, x: Tensor, count: int, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """`queries` of the first `count` rows of `x [B, M + n, D]` and `keys` of the others, in as
+        few operations as it takes; angles `[B, M + n, d]`."""
+        normed = self._norm(x)
+        q, k = self._heads("q", normed[:, :count]), self._heads("k", normed[:, count:])
+        if q.shape[1] == k.shape[1]:  # turned together
+            both = self.rotated(torch.cat((q, k), 2), angles)
+            return both[:, :, :count], both[:, :, count:]
+        cos, sin = angles
+        q = self.rotated(q, (cos[:, :count], sin[:, :count]))
+        return q, self.rotated(k, (cos[:, count:], sin[:, count:]))
 
     def keys_and_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """Each `[B, Hk, n, d]`, of the rows `x [B, n, D]`."""

@@ -25,34 +25,39 @@ def question_rows(
         which of them count for each image.
     """
     prompt = group.layout
-    mask = question_mask(rule, prompt.ids, prompt.visual, prompt.asking, special)
-    here = set(group.sample_list)
-    if len(here) < len(mask):
-        mask = mask & torch.tensor([[row in here] for row in range(len(mask))])
-    index, live = padded_rows(mask)
+    places = question_places(rule, prompt.ids, prompt.visual, prompt.asking, special)
+    if group.own is not None:
+        here = set(group.sample_list)
+        places = [row if at in here else [] for at, row in enumerate(places)]
+    longest = max([1, *map(len, places)])
+    index = torch.tensor([[0] * (longest - len(row)) + row for row in places])
+    live = torch.tensor([[at >= longest - len(row) for at in range(longest)] for row in places])
     live = group.of_prompts(live)
     if seeing:
         live = live & (group.of_prompts(index) >= torch.tensor(group.end_list)[:, None])
     return index, live
 
 
-def question_mask(
+def question_places(
     rule: str | QueryRule,
     ids: Tensor,
     visual: Tensor,
     valid: Tensor,
     special: Tensor | None,
-) -> Tensor:
-    """The question's tokens, bool `[B, L]`, all on the CPU.
+) -> list[list[int]]:
+    """Where the question's tokens stand in each row, ascending.
 
     Text is what is valid, not visual and not special. "after_image" is the text after the last
     visual token, or all text where none follows; "all_text" all of it; "last_token" the last valid
     token. A row without any text has no question.
 
+    In Python: a prefill waits for this, and a tensor operation on a few hundred booleans takes it
+    many times as long as the work.
+
     Args:
         rule: one of these names, or a callable of `(ids, visual, valid)`.
-        ids: `[B, L]` int64.
-        visual, valid: bool `[B, L]`; `valid` leaves out answers that are to be predicted.
+        ids: `[B, L]` int64 on the CPU.
+        visual, valid: bool `[B, L]` there; `valid` leaves out answers that are to be predicted.
         special: ids that are no question (tokenizer control tokens), or None.
 
     Raises:
@@ -65,18 +70,23 @@ def question_mask(
                 f"query must return a bool tensor {list(valid.shape)}, got "
                 f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
             )
-        return mask.cpu() & valid & ~visual
+        return [_true(row) for row in (mask.cpu() & valid & ~visual).tolist()]
     if rule == "last_token":
-        seen = valid.cumsum(1)
-        return valid & (seen == seen[:, -1:])
-    text = valid & ~visual
+        return [_true(row)[-1:] for row in valid.tolist()]
     if special is not None:
-        text &= ~torch.isin(ids, special)
-    if rule == "all_text":
-        return text
-    seen = visual.cumsum(1)
-    after = text & (seen == seen[:, -1:])
-    return torch.where(after.any(1, keepdim=True), after, text)
+        valid = valid & ~torch.isin(ids, special)
+    found = []
+    for can, image in zip(valid.tolist(), visual.tolist(), strict=True):
+        behind = len(image) - image[::-1].index(True) if True in image else 0
+        after = [at for at in range(behind, len(can)) if can[at]]
+        if rule == "all_text" or not after:
+            after = [at for at in _true(can) if not image[at]]
+        found.append(after)
+    return found
+
+
+def _true(row: list[bool]) -> list[int]:
+    return [at for at, here in enumerate(row) if here]
 
 
 def padded_rows(mask: Tensor) -> tuple[Tensor, Tensor]:

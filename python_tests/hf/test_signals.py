@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from consensusdrop_kernels.hf import patch, probe
 from consensusdrop_kernels.hf.adapter import find
-from consensusdrop_kernels.hf.query import question_mask
+from consensusdrop_kernels.hf.query import question_places
 
 from . import reference
 from .best import best_of
@@ -138,8 +138,7 @@ VISUAL, VALID, SPECIAL = IDS == 9, IDS != 0, torch.tensor([1, 2])
     ],
 )
 def test_question_tokens(rule: Any, special: Tensor | None, want: list[list[int]]) -> None:
-    mask = question_mask(rule, IDS, VISUAL, VALID, special)
-    assert [row.nonzero().flatten().tolist() for row in mask] == want
+    assert question_places(rule, IDS, VISUAL, VALID, special) == want
 
 
 @torch.no_grad()

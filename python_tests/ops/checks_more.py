@@ -98,7 +98,7 @@ def check_diverse(impl: Impl, args: Args) -> Tensor:
 
 
 def check_diverse_merge(impl: Impl, args: Args) -> tuple[Tensor, ...]:
-    """`check_select_merge` for a diverse choice: a greedy one by the places in the true consensus."""
+    """`check_select_merge` for a diverse choice: greedy, by places in the true consensus."""
     return check_select_merge(impl, args, _check_diverse_choice)
 
 
