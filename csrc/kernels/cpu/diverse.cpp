@@ -37,6 +37,7 @@ class Greedy {
         power_(params.batch * params.tokens),
         worth_(params.batch * params.tokens),
         inverse_(params.batch * params.tokens),
+        gain_(params.batch * params.tokens),
         open_(params.batch * params.tokens),
         score_(params.batch * params.tokens),
         rows_(dpp_ ? params.batch * params.keep * params.tokens : 0),
@@ -98,6 +99,8 @@ class Greedy {
       worth_[at] = p_.relevance ? p_.relevance.at(b, i) : 1.0f;
       open_[at] = std::isnan(m.square) || (dpp_ && std::isnan(worth_[at])) ? kShut : kOpen;
       score_[at] = dpp_ ? (m.square > 0.0f ? 1.0 : 0.0) : worth_[at];
+      const double worth = worth_[at];
+      gain_[at] = open_[at] == kOpen ? worth * worth : -1.0;
     }
   }
 
@@ -154,47 +157,40 @@ class Greedy {
   void offer_block(int64_t task, int64_t step, float* cosines) {
     const int64_t b = task / blocks_, first = task % blocks_ * kBlock;
     const int64_t base = b * p_.tokens, count = std::min(kBlock, p_.tokens - first);
-    if (step > 0) {
-      dots(b, first, count, &vector_[b * room_], 1, cosines);
-      for (int64_t j = 0; j < count; ++j) {
-        cosines[j] = cosine(base + samples_[b].last, base + first + j, cosines[j]);
-      }
-      dpp_ ? add_cholesky_row(b, first, count, step, cosines)
-           : keep_nearest(base + first, count, step, cosines);
+    if (step > 0) dots(b, first, count, &vector_[b * room_], 1, cosines);
+    if (dpp_) {
+      pick_[task] = best_gain(b, first, count, step, cosines);
+      return;
     }
+    for (int64_t j = 0; step > 0 && j < count; ++j) {
+      cosines[j] = cosine(base + samples_[b].last, base + first + j, cosines[j]);
+    }
+    if (step > 0) keep_nearest(base + first, count, step, cosines);
     Pick pick;
     for (int64_t i = first; i < first + count; ++i) {
-      if (open_[base + i] == kOpen) pick.offer(i, dpp_ ? gain(base + i) : score_[base + i]);
+      if (open_[base + i] == kOpen) pick.offer(i, score_[base + i]);
     }
     pick_[task] = pick;
   }
 
-  double gain(int64_t at) const {
-    const double worth = worth_[at];
-    return score_[at] > kFloor ? worth * worth * score_[at] : 0.0;
+  // For dpp: a block's part of the Cholesky row of the token chosen last, and the best gain then.
+  Pick best_gain(int64_t b, int64_t first, int64_t count, int64_t step, const float* products) {
+    const int64_t at = b * p_.tokens + first;
+    if (step > 0) {
+      const Sample& sample = samples_[b];
+      float* rows = &rows_[b * p_.keep * p_.tokens + first];
+      simd().cholesky_row({products, &inverse_[at], inverse_[b * p_.tokens + sample.last], rows,
+                           p_.tokens, &of_last_[b * p_.keep], step - 1, std::sqrt(sample.residual),
+                           count, rows + (step - 1) * p_.tokens, &score_[at]});
+    }
+    const BestGain best = simd().best_gain({&gain_[at], &score_[at], kFloor, count});
+    return {best.at < 0 ? -1 : first + best.at, best.gain};
   }
 
   void keep_nearest(int64_t at, int64_t count, int64_t step, const float* cosines) {
     for (int64_t j = 0; j < count; ++j) {
       const double here = -static_cast<double>(cosines[j]);
       score_[at + j] = step == 1 ? here : std::min(score_[at + j], here);
-    }
-  }
-
-  // A block's part of the Cholesky row of the token chosen last: what is left of its cosines after
-  // the earlier rows, over the root of its own residual.
-  void add_cholesky_row(int64_t b, int64_t first, int64_t count, int64_t step,
-                        const float* cosines) {
-    const int64_t n = p_.tokens;
-    float* rows = &rows_[b * p_.keep * n + first];
-    double left[kBlock];
-    for (int64_t j = 0; j < count; ++j) left[j] = cosines[j];
-    simd().subtract_rows({rows, n, &of_last_[b * p_.keep], step - 1, count, left});
-    const double per_root = 1.0 / std::sqrt(samples_[b].residual);
-    for (int64_t j = 0; j < count; ++j) {
-      left[j] *= per_root;
-      rows[(step - 1) * n + j] = static_cast<float>(left[j]);
-      score_[b * n + first + j] -= left[j] * left[j];
     }
   }
 
@@ -214,6 +210,7 @@ class Greedy {
     sample.last = best.token;
     sample.residual = score_[at];
     open_[at] = kChosen;
+    gain_[at] = -1.0;
     for (int64_t s = 0; dpp_ && s < step; ++s) {
       of_last_[b * p_.keep + s] = rows_[(b * p_.keep + s) * p_.tokens + best.token];
     }
@@ -248,6 +245,7 @@ class Greedy {
   int64_t blocks_, room_;
   Buffer<float> power_, worth_;  // [B, N]: scale of each token as measured; relevance or 1
   Buffer<double> inverse_;       // [B, N]: one over the length of each token so scaled, or 0
+  Buffer<double> gain_;          // [B, N]: for dpp, the relevance squared, -1 where it is not open
   Buffer<uint8_t> open_;         // [B, N]: a State
   Buffer<double> score_;         // [B, N]: minus the largest cosine, or for dpp the residual
   Buffer<float> rows_;           // [B, K, N]: for dpp, Cholesky rows of the cosines

@@ -94,14 +94,32 @@ struct DotsTask {
 };
 constexpr int64_t kDotQueries = 4;  // vectors the dots kernel takes at once
 
-// Multiples of some rows, taken from a few numbers one row after another.
-struct SubtractRowsTask {
-  const float* rows;  // the first of them
+// Some columns of a new row of a Cholesky factor of cosines: the cosines with the token of the row,
+// less what the earlier rows explain, over the root of what they leave of the token itself.
+struct CholeskyRowTask {
+  const float* product;   // [count]: of the vectors with that of the row
+  const double* inverse;  // [count]: one over their lengths
+  double row_inverse;     // and over that of the row's
+  const float* rows;      // the first of the earlier rows
   int64_t row_stride;
-  const double* factor;  // [steps]
+  const double* at_row;  // [steps]: the earlier rows at the token of the row
   int64_t steps;
-  int64_t count;  // numbers
-  double* from;   // [count]
+  double root;
+  int64_t count;
+  float* row;        // [count], written
+  double* residual;  // [count]: less the squares of the row
+};
+
+// The largest of `worth * residual`, 0 for residuals up to `floor`, where `worth` is no less than
+// 0.
+struct BestGainTask {
+  const double *worth, *residual;  // [count]
+  double floor;
+  int64_t count;
+};
+struct BestGain {
+  int64_t at = -1;  // the first of them; -1 where there is none
+  double gain = 0.0;
 };
 
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -139,7 +157,8 @@ struct SimdKernels {
   void (*widen)(const void* row, DType dtype, int64_t width, float factor, float* to);
   // The same in the type of the row, without the zeros.
   void (*rescale)(const void* row, DType dtype, int64_t width, float factor, void* to);
-  void (*subtract_rows)(const SubtractRowsTask&);
+  void (*cholesky_row)(const CholeskyRowTask&);
+  BestGain (*best_gain)(const BestGainTask&);
 };
 
 #ifdef CDROP_SIMD
@@ -149,7 +168,8 @@ void dots(const DotsTask& task);
 float largest(const void* row, DType dtype, int64_t width);
 void widen(const void* row, DType dtype, int64_t width, float factor, float* to);
 void rescale(const void* row, DType dtype, int64_t width, float factor, void* to);
-void subtract_rows(const SubtractRowsTask& task);
+void cholesky_row(const CholeskyRowTask& task);
+BestGain best_gain(const BestGainTask& task);
 }  // namespace CDROP_SIMD
 #endif
 

@@ -98,31 +98,70 @@ void rescale_row(const T* row, int64_t width, float factor, T* to) {
   for (int64_t c = whole; c < width; ++c) from_float(to_float(row[c]) * factor, to + c);
 }
 
+template <int kColumns>
+CDROP_INLINE void cholesky_columns(const CholeskyRowTask& task, int64_t j) {
+  double left[kColumns];
+  for (int l = 0; l < kColumns; ++l) {
+    double cosine =
+        static_cast<double>(task.product[j + l]) * task.row_inverse * task.inverse[j + l];
+    cosine = cosine < -1.0 ? -1.0 : cosine;
+    cosine = cosine > 1.0 ? 1.0 : cosine;
+    left[l] = static_cast<float>(cosine);
+  }
+  for (int64_t s = 0; s < task.steps; ++s) {
+    const float* row = task.rows + s * task.row_stride + j;
+    const double factor = task.at_row[s];
+#pragma GCC unroll 32
+    for (int l = 0; l < kColumns; ++l) left[l] -= factor * static_cast<double>(row[l]);
+  }
+  for (int l = 0; l < kColumns; ++l) {
+    left[l] /= task.root;
+    task.row[j + l] = static_cast<float>(left[l]);
+    task.residual[j + l] -= left[l] * left[l];
+  }
+}
+
 }  // namespace
 
 namespace CDROP_SIMD {
 
-void subtract_rows(const SubtractRowsTask& task) {
-  constexpr int kTogether = 2 * kLanes;  // four registers of doubles
+void cholesky_row(const CholeskyRowTask& task) {
   int64_t j = 0;
-  for (; j + kTogether <= task.count; j += kTogether) {
-    double left[kTogether];
-    for (int l = 0; l < kTogether; ++l) left[l] = task.from[j + l];
-    for (int64_t s = 0; s < task.steps; ++s) {
-      const float* row = task.rows + s * task.row_stride + j;
-      const double factor = task.factor[s];
-#pragma GCC unroll 32
-      for (int l = 0; l < kTogether; ++l) left[l] -= factor * static_cast<double>(row[l]);
+  for (; j + 2 * kLanes <= task.count; j += 2 * kLanes) cholesky_columns<2 * kLanes>(task, j);
+  for (; j < task.count; ++j) cholesky_columns<1>(task, j);
+}
+
+BestGain best_gain(const BestGainTask& task) {
+  constexpr int kDoubles = kLanes / 2;
+  typedef double Doubles __attribute__((vector_size(kLanes * 4)));
+  const Doubles none = Doubles{} - 1.0;
+  const auto gain = [&](Doubles worth, Doubles residual) __attribute__((always_inline)) {
+    const Doubles raised = residual > task.floor ? worth * residual : Doubles{};
+    return worth >= 0.0 ? raised : none;
+  };
+  const auto block = [&](const double* from, int64_t j, Doubles past) {
+    if (j + kDoubles <= task.count) {
+      __builtin_memcpy(&past, from + j, sizeof(past));
+    } else {
+      for (int l = 0; j + l < task.count; ++l) past[l] = from[j + l];
     }
-    for (int l = 0; l < kTogether; ++l) task.from[j + l] = left[l];
+    return past;
+  };
+  Doubles most = none;
+  for (int64_t j = 0; j < task.count; j += kDoubles) {
+    const Doubles here = gain(block(task.worth, j, none), block(task.residual, j, Doubles{}));
+    most = here > most ? here : most;
   }
-  for (; j < task.count; ++j) {
-    double left = task.from[j];
-    for (int64_t s = 0; s < task.steps; ++s) {
-      left -= task.factor[s] * static_cast<double>(task.rows[s * task.row_stride + j]);
+  BestGain best{-1, -1.0};
+  for (int l = 0; l < kDoubles; ++l) best.gain = most[l] > best.gain ? most[l] : best.gain;
+  if (best.gain < 0.0) return {};
+  for (int64_t j = 0; best.at < 0; j += kDoubles) {
+    const Doubles here = gain(block(task.worth, j, none), block(task.residual, j, Doubles{}));
+    for (int l = kDoubles - 1; l >= 0; --l) {
+      if (here[l] == best.gain) best.at = j + l;
     }
-    task.from[j] = left;
   }
+  return best;
 }
 
 void dots(const DotsTask& task) {

@@ -670,6 +670,7 @@ const SimdKernels CDROP_SIMD_TABLE = {CDROP_STRING(CDROP_SIMD),
                                       CDROP_SIMD::largest,
                                       CDROP_SIMD::widen,
                                       CDROP_SIMD::rescale,
-                                      CDROP_SIMD::subtract_rows};
+                                      CDROP_SIMD::cholesky_row,
+                                      CDROP_SIMD::best_gain};
 
 }  // namespace cdrop::cpu
