@@ -123,6 +123,30 @@ def plain_diverse(inputs: Inputs, keep: int) -> Tensor:
     return torch.cat(taken, 1).sort(1).values
 
 
+def plain_dpp(features: Tensor, relevance: Tensor, keep: int) -> Tensor:
+    """The most probable set, one token after another: all cosines, and a row of their Cholesky
+    factor a step; by relevance once the rank is used up."""
+    unit = normalize(features.float(), dim=-1)
+    alike = unit @ unit.transpose(1, 2)
+    batch, count = relevance.shape
+    rows = torch.zeros(batch, keep, count, device=unit.device)
+    residual = torch.ones(batch, count, device=unit.device)
+    at = torch.arange(batch, device=unit.device)
+    open_, taken = torch.ones_like(residual), []
+    for step in range(keep):
+        gain = torch.where(residual > 1e-5, relevance.square() * residual, 0.0) * open_
+        none_left = gain.amax(1, keepdim=True) <= 0
+        best = torch.where(none_left, relevance * open_, gain).argmax(1)
+        taken.append(best)
+        open_[at, best] = 0
+        explained = (rows[at, :, best][:, None] @ rows)[:, 0]
+        row = (alike[at, best] - explained) / residual[at, best].clamp_min(1e-5).sqrt()[:, None]
+        row = row.masked_fill(none_left, 0.0)
+        rows[:, step] = row
+        residual = residual - row.square()
+    return torch.stack(taken, 1).sort(1).values
+
+
 def some_tokens(batch: int, tokens: int, keep: int, device: str | torch.device) -> Tensor:
     """`keep` distinct tokens at random, ascending, `[B, K]`."""
     return torch.rand(batch, tokens, device=device).topk(keep).indices.sort(dim=1).values
@@ -163,25 +187,38 @@ def plain_merge(inputs: Inputs, by: str = "index_add") -> Tensor:
     return (total / count[:, None]).view(batch, keep, width).to(x.dtype)
 
 
-def _reduced(inputs: Inputs, visual: Tensor, keep: int, prefix: int, by: str) -> Tensor:
+def _reduced(
+    inputs: Inputs, visual: Tensor, keep: int, prefix: int, by: str, diversity: float
+) -> Tensor:
     """What follows the encoder's saliency."""
     x, _, k_vis, q_txt, k_txt = inputs[:5]
-    index = plain_select((visual, plain_saliency((q_txt, k_txt), reduce="max")), keep)
-    return plain_merge((x, k_vis[:, :, prefix:].float().mean(1), index), by)
+    textual = plain_saliency((q_txt, k_txt), reduce="max")
+    metric = k_vis[:, :, prefix:].float().mean(1)
+    if diversity > 0:
+        place = _rank(-0.5 * _rank(visual) - 0.5 * _rank(textual))
+        relevance = ((1 - 1 / diversity) * place / place.shape[1]).exp()
+        index = plain_dpp(metric, relevance, keep)
+    else:
+        index = plain_select((visual, textual), keep)
+    return plain_merge((x, metric, index), by)
 
 
-def plain_select_merge(inputs: Inputs, keep: int, prefix: int = 1, by: str = "index_add") -> Tensor:
+def plain_select_merge(
+    inputs: Inputs, keep: int, prefix: int = 1, by: str = "index_add", diversity: float = 0.0
+) -> Tensor:
     """The whole reduction, composed of the parts above."""
     visual = plain_saliency(inputs[1:3], prefix)
-    return _reduced(inputs, visual, keep, prefix, by)
+    return _reduced(inputs, visual, keep, prefix, by, diversity)
 
 
-def eager_select_merge(inputs: Inputs, keep: int, layers: int, prefix: int = 1) -> Tensor:
+def eager_select_merge(
+    inputs: Inputs, keep: int, layers: int, prefix: int = 1, diversity: float = 0.0
+) -> Tensor:
     """The same with the first row of the encoder's eager maps; the queries of all its rows come
     after the tensors of the op."""
     _, q, k, _, _, whole = inputs
     visual = eager_saliency((q, k, whole), slice(0, q.shape[2]), layers, prefix)
-    return _reduced(inputs, visual, keep, prefix, "index_add")
+    return _reduced(inputs, visual, keep, prefix, "index_add", diversity)
 
 
 def random_tokens(inputs: Inputs, keep: int) -> Tensor:

@@ -126,7 +126,8 @@ class Case:
         """The op on the default backend, and the other compiled kernels of it that are here."""
         known = cdrop.backends()
         found = {OURS: self.ours}
-        if device == "cuda" and self.op in known["cuda"].ops:
+        in_cuda = self.op in known["cuda"].ops and not self.options.get("diversity")
+        if device == "cuda" and in_cuda:
             found[f"{OURS} cuda"] = self.call(attrgetter(self.op)(torch.ops.cdrop_cuda))
         if device == "cuda" and self.op in known["triton"].ops and default_backend() != "triton":
             found[f"{OURS} triton"] = self.call(triton.function(self.op))
@@ -323,12 +324,15 @@ def merge(
 
 def fused(
     device: str, dtype: torch.dtype, batch: int, model: Model, keep: int, *, layout: str = "hf",
-    rows: int = 8, compiled: bool = False,
+    rows: int = 8, compiled: bool = False, diversity: float = 0.0,
 ) -> Case:  # fmt: skip
-    """`select_merge`: one encoder row, `rows` question rows, the model's heads and widths."""
+    """`select_merge`: one encoder row, `rows` question rows, the model's heads and widths; with
+    `diversity` as ConsensusDrop calls it by default."""
     m = model
     keys = m.prefix + m.tokens
-    options = {"keep": keep, "prefix": m.prefix}
+    options: dict[str, Any] = {"keep": keep, "prefix": m.prefix}
+    if diversity > 0:
+        options["diversity"] = diversity
     eager, left_out = _eager(
         device, m.encoder_layers, batch, m.encoder_heads, keys, dtype,
         partial(eager_select_merge, layers=m.encoder_layers, **options),
@@ -354,8 +358,10 @@ def fused(
         "plain read": lambda i: plain_read(i[:5]),
     }
     return Case(
-        "select_merge", f"B{batch} N{m.tokens} D{m.width} K{keep} {layout}", dtype, make, 5,
-        options | {"txt_reduce": "max"}, baselines | eager, compiled, NEAR_TIES, left_out=left_out,
+        "select_merge",
+        f"B{batch} N{m.tokens} D{m.width} K{keep} {layout}" + (" diverse" if diversity else ""),
+        dtype, make, 5, options | {"txt_reduce": "max"}, baselines | eager, compiled, NEAR_TIES,
+        left_out=left_out,
     )  # fmt: skip
 
 
@@ -376,6 +382,7 @@ def select_merge_cases(device: str, dtype: torch.dtype, small: bool) -> Iterator
     if small:
         tiny = Model(256, 512, 8, 8, 64, 2, 4, 64, 2)
         yield fused(device, dtype, 1, tiny, 32)
+        yield fused(device, dtype, 1, tiny, 32, diversity=0.65)
         return
     yield fused(device, dtype, 1, LLAVA, 64, compiled=True)
     for batch, model, keep in ((1, LLAVA, 64), (8, LLAVA, 128), (1, NEXT, 160)):
@@ -383,6 +390,8 @@ def select_merge_cases(device: str, dtype: torch.dtype, small: bool) -> Iterator
             yield fused(device, dtype, batch, model, keep)
         yield fused(device, dtype, batch, model, keep, layout="contiguous")
     yield fused(device, dtype, 32, LLAVA, 64)
+    for batch, model, keep in ((1, LLAVA, 64), (32, LLAVA, 64), (1, NEXT, 160)):
+        yield fused(device, dtype, batch, model, keep, diversity=0.65)
     for model, keep in (
         (VIDEO, 256), (NEXT, 160), (qwen(1024), 128), (qwen(4096), 512), (qwen(16384), 1024),
     ):  # fmt: skip

@@ -164,6 +164,8 @@ def test_what_does_not_fit_is_refused():
         Device(75).op(**args)
     with pytest.raises(RuntimeError, match="wider than 128"):
         Device().op(**select_merge_case(1, 33, 9, head_dim=136))
+    with pytest.raises(RuntimeError, match="a diverse choice is asked for"):
+        Device().op(**args, diversity=0.5)
     with pytest.raises(RuntimeError, match="keep must be in 1..N=33, got 34"):
         Device().op(**{**args, "keep": 34})
 
