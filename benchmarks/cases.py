@@ -544,6 +544,14 @@ def fitting(
 # --- the gate -----------------------------------------------------------------------------------
 
 
+def _of_tokens(tokens: Tensor, index: Tensor, assign: Tensor, size: Tensor) -> tuple[Tensor, ...]:
+    """What each token became, `[B, N, ...]`: slots are numbered by what is kept, so that a near tie
+    would count for all those between the two tokens."""
+    slot = assign.clamp_min(0)
+    merged = tokens.gather(1, slot[:, :, None].expand(-1, -1, tokens.shape[2]))
+    return merged, index.gather(1, slot), size.gather(1, slot)
+
+
 def check(case: Case, inputs: Inputs, kernel: Call | None = None) -> None:
     """The op, or another kernel of it, against its definition; a wrong one is not timed.
 
@@ -551,6 +559,8 @@ def check(case: Case, inputs: Inputs, kernel: Call | None = None) -> None:
         AssertionError: with how far it is off.
     """
     ours, right = (kernel or case.ours)(inputs), case.definition(inputs)
+    if case.options.get("diversity"):
+        ours, right = _of_tokens(*ours), _of_tokens(*right)
     pairs = zip(
         ours if isinstance(ours, tuple) else (ours,),
         right if isinstance(right, tuple) else (right,),

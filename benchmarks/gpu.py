@@ -126,7 +126,7 @@ def commands(device: str, out: pathlib.Path, seconds: int) -> dict[str, list[str
         f"micro-{op}": needing(
             {"pytest_benchmark": "pytest-benchmark"},
             [*pytest, "benchmarks/test_ops.py", "--benchmark-only", "--only", op, *ours, *small,
-             "--seconds", str(LIMIT - 60), f"--benchmark-json={out / f'micro-{op}.json'}"],
+             "--seconds", str(LIMIT - 120), f"--benchmark-json={out / f'micro-{op}.json'}"],
         )
         for op in OPS
     }  # fmt: skip

@@ -456,7 +456,8 @@ def fused(
         priority=priority, priority_keep=priority_keep,
     )  # fmt: skip
     merge_options(contextual, threshold, blend)
-    _check_unit(diversity, "diversity")
+    known = diversity == 0 or 0.02 <= diversity <= 1
+    _check(known, "diversity", "be 0 or in 0.02..1", lambda: f"{diversity:g}")
     _check(
         diversity == 0 or priority_keep == 0,
         "priority_keep",

@@ -341,11 +341,12 @@ def select_merge(
         keep, alpha, fusion, valid, priority, priority_keep: as in `consensus_select`; `valid`
             also masks the keys of both saliencies.
         contextual, threshold, blend: as in `token_merge`.
-        diversity: 0 keeps the best of the consensus, however alike they are. Above, up to 1, the
+        diversity: 0 keeps the best of the consensus, however alike they are. From 0.02 to 1, the
             most probable set, found greedily, of a determinantal point process over the cosines
             of `metric`, with a relevance of `exp(-(1 / diversity - 1) p)` for a token that a share
             `p` of the valid tokens is before in the consensus (ties in raster order, NaN last): at
-            1 the metric alone decides. `priority_keep` must then be 0.
+            1 the metric alone decides. No more than `F` tokens can differ so; places beyond go
+            to the best of the others. `priority_keep` must then be 0.
 
     Returns:
         `tokens [B, K+C, D]`; `index [B, K+C]` int64, each slot's own token, ascending within the

@@ -288,9 +288,15 @@ def relevance_of_places(score: Tensor, diversity: float, valid: Tensor | None = 
     the best, and the less it falls towards the last, the more diverse is the choice. Equal scores
     in raster order, NaN last; 0 for invalid tokens.
     """
-    valid = torch.ones_like(score, dtype=torch.bool) if valid is None else valid
-    before = _place(_order(valid, score)).double() / valid.sum(1, keepdim=True)
-    return ((1.0 - 1.0 / diversity) * before).exp().float().masked_fill(~valid, 0.0)
+    if valid is None:
+        order = (-score).argsort(dim=1, stable=True)
+        count: int | Tensor = score.shape[1]
+    else:
+        order, count = _order(valid, score), valid.sum(1, keepdim=True)
+    place = torch.arange(score.shape[1], dtype=torch.float64, device=score.device)
+    falling = ((1.0 - 1.0 / diversity) * (place / count)).exp().float()
+    relevance = torch.empty_like(score).scatter_(1, order, falling.expand(score.shape))
+    return relevance if valid is None else relevance.masked_fill(~valid, 0.0)
 
 
 def greedy_diverse_select(

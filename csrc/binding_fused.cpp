@@ -203,7 +203,9 @@ FusedCall prepare_select_merge(const Tensor& x, const Tensor& q_vis, const Tenso
   const SelectParams select = call.params.select =
       check_selection(batch, tokens, x, "x", keep, alpha, fusion, valid, priority, priority_keep);
   check_merge_options(contextual, threshold, blend);
-  check_unit(diversity, "diversity");
+  // Less would leave most tokens a relevance of 0 in float32.
+  CDROP_CHECK(diversity == 0.0 || (diversity >= 0.02 && diversity <= 1.0), "diversity",
+              "be 0 or in 0.02..1", number(diversity));
   CDROP_CHECK(diversity == 0.0 || priority_keep == 0, "priority_keep",
               "be 0 unless diversity is 0, which spreads tokens in its own way",
               std::to_string(priority_keep));

@@ -244,12 +244,13 @@ def _merge(x: Any, metric: Any, index: Any, *, contextual: int = 0, **_: Any) ->
 
 def _select_merge(
     x: Any, q_vis: Any, k_vis: Any, q_txt: Any = None, k_txt: Any = None, *, keep: int,
-    contextual: int = 0, metric: Any = None, **_: Any,
+    contextual: int = 0, metric: Any = None, diversity: float = 0.0, **_: Any,
 ) -> int:  # fmt: skip
     by_text = 0 if q_txt is None else _saliency(q_txt, k_txt)
     metric = metric or (*x[:2], k_vis[3])
     merging = _merge(x, metric, (x[0], keep), contextual=contextual)
-    return _saliency(q_vis, k_vis) + by_text + merging
+    choice = _greedy(metric, keep, objective="dpp") if diversity > 0 else 0
+    return _saliency(q_vis, k_vis) + by_text + choice + merging
 
 
 @torch.no_grad()

@@ -56,6 +56,9 @@ def calls(batch: int, tokens: int, width: int, keep: int, rows: int, device: str
         "select_merge": lambda: ops.select_merge(
             x, q_vis, k_vis, q_txt, k_txt, keep=keep, prefix=1, txt_reduce="max"
         ),
+        "select_merge_diverse": lambda: ops.select_merge(
+            x, q_vis, k_vis, q_txt, k_txt, keep=keep, prefix=1, txt_reduce="max", diversity=0.65
+        ),
     }
     if cdrop.backends()["cuda"] and device == "cuda":
         table["select_merge_cuda"] = lambda: torch.ops.cdrop_cuda.select_merge(

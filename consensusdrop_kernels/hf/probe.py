@@ -97,7 +97,8 @@ class StaticProbe:
         index = upload(index, embeds.device)
         positions = self._positions
         project = Projection(self._text, layer)
-        if rotary and context == "visual" and place.own is None:
+        alone = len(embeds) == 1 and place.own is None and self._tokens.numel() <= TOGETHER
+        if rotary and context == "visual" and alone:
             where = positions_at(positions, torch.cat((index, place.columns), 1))
             angles = angles_of(self._text, layer, embeds, where)
             rows = torch.cat((take_rows(embeds, index), self._tokens), 1)
@@ -130,6 +131,10 @@ class StaticProbe:
 #: By how much the keys' projection must be wider than all query rows of all heads together for
 #: folding to pay: as many times fewer operations, on the CPU (see docs/probes.md).
 FOLD = 3
+
+#: Numbers in the tokens of a single prompt up to which what starts an operation costs more than
+#: copies of the tokens and their keys, so that question and picture are normed and turned together.
+TOGETHER = 1 << 22
 
 #: cos and sin `[B, n, d]` of some rows, or None: they are not turned.
 Angles = tuple[Tensor, Tensor] | None
@@ -201,8 +206,8 @@ class Projection:
         return self.rotated(self._heads("k", self._norm(x)), angles)
 
     def pair(self, x: Tensor, count: int, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """`queries` of the first `count` rows of `x [B, M + n, D]` and `keys` of the others, in as
-        few operations as it takes; angles `[B, M + n, d]`."""
+        """`queries` of the first `count` rows of `x [1, M + n, D]` and `keys` of the others, in as
+        few operations as it takes; angles `[1, M + n, d]`."""
         normed = self._norm(x)
         q, k = self._heads("q", normed[:, :count]), self._heads("k", normed[:, count:])
         if q.shape[1] == k.shape[1]:  # turned together

@@ -16,7 +16,7 @@ def question_rows(
     """Where the questions of a group's images stand, all on the CPU.
 
     Args:
-        rule, special: as in `question_mask`.
+        rule, special: as in `question_places`.
         group: the images.
         seeing: whether only rows count that come after the image.
 
@@ -51,8 +51,8 @@ def question_places(
     visual token, or all text where none follows; "all_text" all of it; "last_token" the last valid
     token. A row without any text has no question.
 
-    In Python: a prefill waits for this, and a tensor operation on a few hundred booleans takes it
-    many times as long as the work.
+    In Python: a prefill waits for this, and of a prompt of some hundred tokens each tensor
+    operation takes as long as all of it does so.
 
     Args:
         rule: one of these names, or a callable of `(ids, visual, valid)`.

@@ -71,11 +71,11 @@ class ConsensusDrop(Method):
             sees; at `probe_layer=0` with rotary, "all" is exactly the attention the LLM computes.
         coverage: share of the kept tokens, 0..1, that go to an even spread over the patch grid (a
             farthest-point order, crop by crop), and not to the best of the consensus.
-        diversity: 0 keeps the best of the consensus, however alike they are. Above, up to 1, tokens
+        diversity: 0 keeps the best of the consensus, however alike they are. From 0.02 to 1, tokens
             are chosen one after another as the most probable set of a determinantal point process:
             `S` the cosines of the encoder's keys, and relevance `exp(-(1 / diversity - 1) p)` for
-            the token that is behind a share `p` of the others in the consensus. At 1 the keys alone
-            decide.
+            a token that a share `p` of all is before in the consensus. At 1 the keys alone decide.
+            No more tokens differ so than the keys have channels; further places go to the best.
         contextual: extra slots per image, spread over the dropped tokens, that take the rest in
             place of the kept tokens (which then stay as they are).
         threshold: cosine below which a dropped token joins nothing; -1 merges every token.
@@ -141,7 +141,7 @@ class ConsensusDrop(Method):
         check_flag("size_attention", self.size_attention)
         check_choice("probe_context", self.probe_context, CONTEXTS)
         check_range("coverage", self.coverage, 0.0, 1.0)
-        check_range("diversity", self.diversity, 0.0, 1.0)
+        check_range("diversity", self.diversity, 0.02 if self.diversity else 0.0, 1.0)
         if self.diversity > 0 and self.coverage > 0:
             raise ValueError(
                 "coverage must be 0 unless diversity is 0, which spreads tokens in its own way, "

@@ -3,7 +3,7 @@
 After the saliencies six launches up to `ONE_PROGRAM` tokens: unit vectors of the metric (the head
 mean of the keys is taken while they are read), places in both lists, choice, most similar slots,
 lists, means. The choice leaves what the merge needs, so that no launch looks at the indices again.
-A diverse choice is four launches more, and of two steps longer.
+With a diverse choice there are twelve.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks
+from ..reference import relevance_of_places
 from ._keys import packed_key
 from ._scores import Choice, pair_strides
 from .attention_saliency import attention_saliency
@@ -75,13 +76,15 @@ def _select_merge_relevance_kernel(
         rival = packed_key(theirs, other, there)
         better += tl.sum((rival[None, :] > key[:, None]).to(tl.int32), 1)  # [BLOCK_I, BLOCK_J]
         count += tl.sum(there.to(tl.int32), 0)
-    share = better.to(tl.float32) / tl.maximum(count, 1).to(tl.float32)
-    tl.store(relevance_ptr + b * tokens + token, tl.exp(rate * share), mask=token < tokens)
+    before = better.to(tl.float32) / tl.maximum(count, 1).to(tl.float32)
+    tl.store(relevance_ptr + b * tokens + token, tl.exp(rate * before), mask=token < tokens)
 
 
 def _relevance(score: Tensor, diversity: float, valid: Tensor | None) -> Tensor:
     """See `reference.relevance_of_places`; of invalid tokens, some number."""
     batch, tokens = score.shape
+    if tokens > ONE_PROGRAM:  # where all pairs are too many
+        return relevance_of_places(score, diversity, valid)
     out = torch.empty_like(score)
     _select_merge_relevance_kernel[(triton.cdiv(tokens, 16), batch)](
         score, score if valid is None else valid, out, *pair_strides(valid), tokens,

@@ -92,6 +92,11 @@ def test_what_a_choice_adds():
     for method, wanted in expected.items():
         found = flops.selection(model, inputs, method, cost)
         assert found == pytest.approx(wanted, rel=0.05), method
+    plain, diverse = (
+        flops.selection(model, inputs, ConsensusDrop(keep=keep, diversity=d), cost)
+        for d in (0.0, 0.5)
+    )
+    assert diverse - plain == 2 * keep * n * inner
 
 
 def test_stages_shorten_what_later_layers_see():

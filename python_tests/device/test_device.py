@@ -67,6 +67,11 @@ def diverse(i: tuple[torch.Tensor, ...]) -> Any:
     return ops.greedy_diverse_select(i[0][..., :200], 48)
 
 
+def probable(i: tuple[torch.Tensor, ...]) -> Any:
+    worth = i[0][..., 0].float().abs()
+    return ops.greedy_diverse_select(i[0][..., :200], 48, relevance=worth, objective="dpp")
+
+
 def long_select(i: tuple[torch.Tensor, ...]) -> Any:
     scores = i[0].float().flatten(1)[:, :9000]
     return ops.consensus_select(scores, scores.flip(1), 1000)
@@ -76,9 +81,26 @@ def fused(i: tuple[torch.Tensor, ...]) -> Any:
     return ops.select_merge(*i, keep=64, prefix=1)
 
 
+def fused_diverse(i: tuple[torch.Tensor, ...]) -> Any:
+    return ops.select_merge(*i, keep=64, prefix=1, diversity=0.65)
+
+
 CALLS = pytest.mark.parametrize(
     "call",
-    [saliency, square, packed, similarity, select, long_select, split, diverse, merge, fused],
+    [
+        saliency,
+        square,
+        packed,
+        similarity,
+        select,
+        long_select,
+        split,
+        diverse,
+        probable,
+        merge,
+        fused,
+        fused_diverse,
+    ],
 )
 
 
@@ -95,6 +117,9 @@ def assert_same(got: Any, want: Any) -> None:
 def gpu_backend(request):
     if not cdrop.backends()[request.param]:
         pytest.skip(cdrop.backends()[request.param].reason)
+    call = request.node.callspec.params.get("call")
+    if request.param == "cuda" and call is not fused:
+        pytest.skip("in CUDA C++ there is select_merge alone, without diversity")
     with cdrop.use_backend(request.param):
         yield request.param
 

@@ -222,6 +222,7 @@ FLAGSHIP: list[Row] = [
     ("metric tokens", {"metric": ones(2, 21, 6)}, "metric", "[2, 21, 6]"),
     ("metric dtype", {"metric": ones(2, 20, 6).double()}, "metric", "float64"),
     ("diversity below 0", {"diversity": -0.1}, "diversity", "-0.1"),
+    ("little diversity", {"diversity": 0.01}, "diversity", "0.01"),
     ("diversity above 1", {"diversity": 1.5}, "diversity", "1.5"),
     ("diversity nan", {"diversity": math.nan}, "diversity", "nan"),
     (

@@ -64,6 +64,7 @@ def big_calls() -> list[tuple[str, Args]]:
         ("greedy_diverse_select", diverse_case(2, 300, 20, 200)),
         ("greedy_diverse_select", diverse_case(2, 300, 40, 100, objective="dpp")),
         ("select_merge", flagship(3, 577, 64, width=512, prefix=1, contextual=9)),
+        ("select_merge", flagship(8, 577, 70, prefix=1, diversity=0.65)),
         ("select_merge", flagship(2, 60, 30, valid=random_mask((2, 60), 1, share=0.3))),
     ]  # fmt: skip
 
@@ -225,7 +226,8 @@ def test_every_instruction_set_passes(level):
         pytest.skip(f"the suite itself ran on {level}")
     if level not in found:
         pytest.skip(f"this processor or build has no {level}")
-    files = ("attention_saliency", "token_merge", "select_merge")
+    files = ("attention_saliency", "token_merge", "select_merge", "select_merge_diverse")
+    files += ("greedy_diverse_select",)
     names = [str(HERE.with_name(f"test_{name}.py")) for name in files]
     pytest_run = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", *names]
     assert " passed" in in_a_process(pytest_run, CDROP_CPU_CAPABILITY=level)

@@ -117,7 +117,7 @@ class Greedy {
   }
 
   float cosine(int64_t a, int64_t b, float product) const {
-    return static_cast<float>(std::clamp(product * inverse_[a] * inverse_[b], -1.0, 1.0));
+    return static_cast<float>(std::clamp(product * (inverse_[a] * inverse_[b]), -1.0, 1.0));
   }
 
   // Products of `queries` vectors with tokens `first` to `first + count` of a sample.

@@ -190,8 +190,8 @@ void relevance_of_places(const SelectParams& params, int64_t b, double diversity
   const double rate = 1.0 - 1.0 / diversity;
   std::fill_n(score, n, 0.0f);
   for (int64_t r = 0; r < valid; ++r) {
-    const double behind = static_cast<double>(r) / static_cast<double>(valid);
-    score[order[r]] = static_cast<float>(std::exp(rate * behind));
+    const double before = static_cast<double>(r) / static_cast<double>(valid);
+    score[order[r]] = static_cast<float>(std::exp(rate * before));
   }
 }
 

@@ -10,12 +10,14 @@
 namespace cdrop::cpu {
 namespace {
 
-// The mean over heads of a sample's metric, `to` [N, F].
-void head_mean(const MergeParams& p, int64_t b, float* scratch, float* to) {
+constexpr int64_t kBlock = 64;  // tokens whose heads a task takes the mean of
+
+// The mean over heads of some tokens' metric, `to` [count, F].
+void head_mean(const MergeParams& p, int64_t b, int64_t first, float* scratch, float* to) {
   const int64_t width = p.metric_width, size = p.metric.dtype == DType::kFloat32 ? 4 : 2;
   const auto* data = static_cast<const char*>(p.metric.data);
   const auto heads = static_cast<float>(p.metric_heads);
-  for (int64_t i = 0; i < p.tokens; ++i, to += width) {
+  for (int64_t i = first; i < std::min(first + kBlock, p.tokens); ++i, to += width) {
     std::fill_n(to, width, 0.0f);
     for (int64_t h = 0; h < p.metric_heads; ++h) {
       const int64_t at = b * p.metric.stride[0] + h * p.metric.stride[1] + i * p.metric.stride[2];
@@ -30,7 +32,7 @@ void head_mean(const MergeParams& p, int64_t b, float* scratch, float* to) {
 
 void select_merge(const SelectMergeParams& params, const Threads& threads) {
   const SelectParams& select = params.select;
-  const MergeParams& merge = params.merge;
+  MergeParams merge = params.merge;
   const int64_t n = select.tokens, keep = select.keep, batch = select.batch;
   const SaliencyWork of_image(params.visual);
   std::optional<SaliencyWork> of_text;
@@ -50,27 +52,33 @@ void select_merge(const SelectMergeParams& params, const Threads& threads) {
                 });
 
   // 2. Per sample: ranks and the choice; then the vectors of the kept tokens.
-  MergeWork work(merge);
   const Buffer<int64_t> index(batch * keep);
   const auto choose = [&](int64_t b, float* scratch, float* score) {
     of_image.combine(b, scratch);
     if (of_text) of_text->combine(b, scratch + n);
     select_sample(select, b, scratch, of_text ? scratch + n : nullptr, &index[b * keep], score);
   };
+  Buffer<float> means;
   if (params.diversity > 0.0) {
-    const int64_t width = merge.metric_width;
-    const bool several = merge.metric_heads > 1;
-    const Buffer<float> relevance(batch * n), means(several ? batch * n * width : 0);
-    for_each_task(threads, batch, std::max(2 * n, padded(width, kScratchPad)),
-                  [&](int64_t b, float* scratch) {
-                    choose(b, scratch, &relevance[b * n]);
-                    relevance_of_places(select, b, params.diversity, &relevance[b * n]);
-                    if (several) head_mean(merge, b, scratch, &means[b * n * width]);
-                  });
+    const int64_t width = merge.metric_width, blocks = (n + kBlock - 1) / kBlock;
+    if (merge.metric_heads > 1) {
+      means = Buffer<float>(batch * n * width);
+      for_each_task(threads, batch * blocks, padded(width, kScratchPad),
+                    [&](int64_t task, float* scratch) {
+                      const int64_t b = task / blocks, first = task % blocks * kBlock;
+                      head_mean(params.merge, b, first, scratch, &means[(b * n + first) * width]);
+                    });
+      merge.metric = {means.get(), DType::kFloat32, {n * width, 0, width}};
+      merge.metric_heads = 1;
+    }
+    const Buffer<float> relevance(batch * n);
+    for_each_task(threads, batch, 2 * n, [&](int64_t b, float* scratch) {
+      choose(b, scratch, &relevance[b * n]);
+      relevance_of_places(select, b, params.diversity, &relevance[b * n]);
+    });
     DiverseParams diverse;
     diverse.features = {
         merge.metric.data, merge.metric.dtype, {merge.metric.stride[0], merge.metric.stride[2], 0}};
-    if (several) diverse.features = {means.get(), DType::kFloat32, {n * width, width, 0}};
     diverse.batch = batch;
     diverse.tokens = n;
     diverse.width = width;
@@ -81,6 +89,7 @@ void select_merge(const SelectMergeParams& params, const Threads& threads) {
     diverse.index = index.get();
     greedy_diverse_select(diverse, threads);
   }
+  MergeWork work(merge);
   for_each_task(threads, batch, 2 * n + work.prepare_scratch(), [&](int64_t b, float* scratch) {
     if (params.diversity == 0.0) choose(b, scratch, nullptr);
     work.prepare(b, &index[b * keep], scratch + 2 * n);

@@ -1,4 +1,5 @@
-// The vector loops for whole token vectors: products, sizes and changes of scale; compiled once per
+// The vector loops for whole token vectors: products, sizes, changes of scale, and the steps of a
+// greedy choice by determinants; compiled once per
 // instruction set. See simd.h for why nothing of the standard library is used here.
 #include <cstddef>
 
@@ -102,8 +103,7 @@ template <int kColumns>
 CDROP_INLINE void cholesky_columns(const CholeskyRowTask& task, int64_t j) {
   double left[kColumns];
   for (int l = 0; l < kColumns; ++l) {
-    double cosine =
-        static_cast<double>(task.product[j + l]) * task.row_inverse * task.inverse[j + l];
+    double cosine = task.product[j + l] * (task.row_inverse * task.inverse[j + l]);
     cosine = cosine < -1.0 ? -1.0 : cosine;
     cosine = cosine > 1.0 ? 1.0 : cosine;
     left[l] = static_cast<float>(cosine);

@@ -121,7 +121,8 @@ def test_a_mistake_is_seen(name, broken):
         check_select_merge(module.select_merge, args)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 33, 65])
+@pytest.mark.usefixtures("length")
+@pytest.mark.parametrize("tokens", [1, 33, 65])
 @pytest.mark.parametrize("contextual", [0, 3])
 @pytest.mark.parametrize("text", [False, True])
 def test_diverse(tokens, contextual, text):
@@ -130,6 +131,7 @@ def test_diverse(tokens, contextual, text):
     check_diverse_merge(op, {**case, "diversity": 0.65})
 
 
+@pytest.mark.usefixtures("length")
 @pytest.mark.parametrize("fusion", ["rank", "max"])
 @pytest.mark.parametrize("diversity", [0.2, 1.0])
 def test_diverse_and_masked(fusion, diversity):
