@@ -30,7 +30,7 @@ from .base import (
     keep_count,
 )
 from .coverage import even_priority
-from .parts import encoder_metric, encoder_saliency, merged, warn_unasked
+from .parts import below_gradients, encoder_metric, encoder_saliency, merged, warn_unasked
 
 PROBES = ("static", "lookahead", "in_llm")
 ROWS = ("max", "mean", "last")
@@ -141,7 +141,9 @@ class ConsensusDrop(Method):
         check_flag("size_attention", self.size_attention)
         check_choice("probe_context", self.probe_context, CONTEXTS)
         check_range("coverage", self.coverage, 0.0, 1.0)
-        check_range("diversity", self.diversity, 0.02 if self.diversity else 0.0, 1.0)
+        check_range("diversity", self.diversity, 0.0, 1.0)
+        if 0 < self.diversity < 0.02:
+            raise ValueError(f"diversity must be 0 or in 0.02..1, got {self.diversity}")
         if self.diversity > 0 and self.coverage > 0:
             raise ValueError(
                 "coverage must be 0 unless diversity is 0, which spreads tokens in its own way, "
@@ -228,29 +230,30 @@ class ConsensusDrop(Method):
     def _merge(self, signals: Signals, probe: TextProbe | None) -> Selection:
         if signals.visual is not None:
             return self._merge_by_parts(signals, probe)
-        tokens, index, assign, size = torch.ops.cdrop.select_merge(
-            signals.x,
-            signals.q_vis,
-            signals.k_vis,
-            None if probe is None else probe.q,
-            None if probe is None else probe.k,
-            keep=keep_count(self.keep, signals.x.shape[1]),
-            contextual=self.contextual,
-            alpha=self.alpha,
-            fusion=self.fusion,
-            prefix=signals.prefix,
-            scale_vis=signals.scale_vis,
-            lse_vis=signals.lse_vis,
-            scale_txt=None if probe is None else probe.scale,
-            lse_txt=None if probe is None else probe.lse,
-            txt_weight=None if probe is None else probe.weight,
-            txt_reduce=self._reduce,
-            valid=signals.valid,
-            threshold=self.threshold,
-            blend=self.blend,
-            diversity=self.diversity,
-            **self._spread(signals),
-        )
+        with below_gradients():
+            tokens, index, assign, size = torch.ops.cdrop.select_merge(
+                signals.x,
+                signals.q_vis,
+                signals.k_vis,
+                None if probe is None else probe.q,
+                None if probe is None else probe.k,
+                keep=keep_count(self.keep, signals.x.shape[1]),
+                contextual=self.contextual,
+                alpha=self.alpha,
+                fusion=self.fusion,
+                prefix=signals.prefix,
+                scale_vis=signals.scale_vis,
+                lse_vis=signals.lse_vis,
+                scale_txt=None if probe is None else probe.scale,
+                lse_txt=None if probe is None else probe.lse,
+                txt_weight=None if probe is None else probe.weight,
+                txt_reduce=self._reduce,
+                valid=signals.valid,
+                threshold=self.threshold,
+                blend=self.blend,
+                diversity=self.diversity,
+                **self._spread(signals),
+            )
         return Selection(tokens, index, assign, size, padded=signals.valid is not None)
 
     def _spread(self, signals: Signals) -> dict[str, Any]:

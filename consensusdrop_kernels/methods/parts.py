@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..reference import contextual_slots
 from .base import QueryRule, Selection, Signals, Words
@@ -86,6 +88,15 @@ def warn_unasked(asked: Sequence[bool], instead: str) -> None:
         warnings.warn(f"a prompt has no text: its image goes by {instead} alone", stacklevel=3)
 
 
+def below_gradients() -> AbstractContextManager[None]:
+    """For a call of a merging op: where no gradient is wanted, straight to its kernel. The gradient
+    of such an op is Python, and a call would pass through that first."""
+    wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    if wanted or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def picked(signals: Signals, index: Tensor) -> Selection:
     """The tokens at `index [R, K]` (ascending, -1 where unused) as they are, the rest dropped."""
     rows, tokens, width = signals.x.shape
@@ -108,10 +119,11 @@ def merged(
 ) -> Selection:  # fmt: skip
     """The tokens at `index [R, K]`, the rest merged by `metric [R, N, F]` as `token_merge` does;
     tokens that stand for several count as many."""
-    tokens, assign, size = torch.ops.cdrop.token_merge(
-        signals.x, metric, index, contextual=contextual, weight=signals.size, valid=signals.valid,
-        threshold=threshold, blend=blend,
-    )  # fmt: skip
+    with below_gradients():
+        tokens, assign, size = torch.ops.cdrop.token_merge(
+            signals.x, metric, index, contextual=contextual, weight=signals.size,
+            valid=signals.valid, threshold=threshold, blend=blend,
+        )  # fmt: skip
     if contextual > 0:
         references = contextual_slots(assign >= index.shape[1], contextual)
         index = torch.cat([index, references], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -139,6 +140,17 @@ VISUAL, VALID, SPECIAL = IDS == 9, IDS != 0, torch.tensor([1, 2])
 )
 def test_question_tokens(rule: Any, special: Tensor | None, want: list[list[int]]) -> None:
     assert question_places(rule, IDS, VISUAL, VALID, special) == want
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl", "gemma3", "mistral", "glm4v"])
+def test_turning_halves_is_what_the_family_does(name: str) -> None:
+    """Where the plain rotation stands in for a family's own, they agree; GLM turns neighbours."""
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    assert probe.turns_halves(module.apply_rotary_pos_emb) == (name != "glm4v")
+    heads, cos, sin = torch.randn(2, 3, 5, 16), torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    theirs = module.apply_rotary_pos_emb(heads, heads[:, :0], cos, sin)[0]
+    same = torch.allclose(theirs, probe.turned(heads, cos, sin), atol=1e-6)
+    assert same == (name != "glm4v")
 
 
 @torch.no_grad()

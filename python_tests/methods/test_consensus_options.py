@@ -132,6 +132,7 @@ def test_the_decoders_own_probe_drops_inside() -> None:
         ({"probe": "in_llm"}, "probe_layer must be >= 1 with probe='in_llm'"),
         ({"coverage": 1.5}, "coverage must be a number in 0..1, got 1.5"),
         ({"diversity": -0.1}, "diversity must be a number in 0..1, got -0.1"),
+        ({"diversity": 0.01}, "diversity must be 0 or in 0.02..1, got 0.01"),
         ({"diversity": 0.5, "coverage": 0.5}, "coverage must be 0 unless diversity is 0"),
     ],
 )
