@@ -271,10 +271,13 @@ def turns_halves(rotate: Callable[..., Any]) -> bool:
     """Whether a family's `apply_rotary_pos_emb` is `turned`, seen on numbers drawn for it."""
     draw = torch.Generator().manual_seed(0)
     heads, cos, sin = (
-        torch.randn(shape, generator=draw, dtype=torch.float64)
+        torch.randn(shape, generator=draw, dtype=torch.float64, device="cpu")
         for shape in ((2, 3, 4, 8), (2, 4, 8), (2, 4, 8))
     )
-    theirs = rotate(heads, heads[:, :0], cos, sin)[0]
+    try:
+        theirs = rotate(heads, heads[:, :0], cos, sin)[0]
+    except Exception:  # a kernel of one kind of device, in place of the family's own
+        return False
     return bool(torch.allclose(theirs, turned(heads, cos, sin)))
 
 

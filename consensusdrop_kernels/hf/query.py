@@ -30,8 +30,11 @@ def question_rows(
         here = set(group.sample_list)
         places = [row if at in here else [] for at, row in enumerate(places)]
     longest = max([1, *map(len, places)])
-    index = torch.tensor([[0] * (longest - len(row)) + row for row in places])
-    live = torch.tensor([[at >= longest - len(row) for at in range(longest)] for row in places])
+    before = [longest - len(row) for row in places]
+    index = torch.tensor(
+        [[0] * n + row for n, row in zip(before, places, strict=True)], device="cpu"
+    )
+    live = torch.tensor([[at >= n for at in range(longest)] for n in before], device="cpu")
     live = group.of_prompts(live)
     if seeing:
         live = live & (group.of_prompts(index) >= torch.tensor(group.end_list)[:, None])
